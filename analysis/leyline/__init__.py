@@ -1,0 +1,1 @@
+"""Shared contracts: ids, messages, masks, topology, the object-store port, the log, envelopes, encryption."""
