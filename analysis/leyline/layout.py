@@ -1,0 +1,74 @@
+"""Where everything lies in a run. Nobody else spells a path."""
+
+from __future__ import annotations
+
+GENESIS = "log/0/0.json"
+READY = "READY.json"
+"""Written last: a checkpoint exists once this does (an envelope around CheckpointMetadata)."""
+
+
+def record(n: int) -> str:
+    return f"log/{n // 1000}/{n}.json"
+
+
+def state(digest: str) -> str:
+    return f"state/{digest}.json"
+
+
+def checkpoint(name: str, path: str = "") -> str:
+    return f"checkpoints/{name}/{path}"
+
+
+def report(term: int, step: int) -> str:
+    return f"reports/{term}-{step:012d}.json"
+
+
+def results(cycle: str) -> str:
+    return f"reports/results-{cycle}.json"
+
+
+def requests(cycle: str, round_: int) -> str:
+    return f"cycles/{cycle}/requests-{round_}.json"
+
+
+def started(cycle: str, phase: str, launch: int) -> str:
+    """Start mark of one launch of a phase (`analyse`, `apply`, `validate`): its time limit runs from here."""
+    return f"cycles/{cycle}/started/{phase}-{launch}"
+
+
+def attempts(cycle: str, request: str = "") -> str:
+    return f"cycles/{cycle}/attempts/{request}{'/' if request else ''}"
+
+
+def responses(cycle: str, request: str = "") -> str:
+    return f"cycles/{cycle}/responses/{request}{'/' if request else ''}"
+
+
+def decision(cycle: str) -> str:
+    return f"cycles/{cycle}/decision.json"
+
+
+def on_base(cycle: str, base: int, path: str = "") -> str:
+    """What belongs to one base of a cycle: a rebase (the trainer published meanwhile) has a folder of its own."""
+    return f"cycles/{cycle}/on-{base}/{path}"
+
+
+def candidate(cycle: str, base: int, path: str = "") -> str:
+    return on_base(cycle, base, f"candidate/{path}")
+
+
+def masks(cycle: str, base: int) -> str:
+    return candidate(cycle, base, "masks.safetensors")
+
+
+def update(cycle: str, base: int) -> str:
+    """The candidate's manifest (CheckpointUpdate), written last by apply: the candidate exists once it does."""
+    return candidate(cycle, base, "UPDATE.json")
+
+
+def validation_request(cycle: str, base: int) -> str:
+    return on_base(cycle, base, "validation.json")
+
+
+def verdict(cycle: str, base: int) -> str:
+    return on_base(cycle, base, "verdict.json")

@@ -1,0 +1,222 @@
+"""Masks: one bit a unit (structured) or a weight (basic); 0 is pruned, 1 active. The format, and what it zeroes.
+
+A side-car safetensors file, little bit order: tensors `group/<id>` and `weight/<parameter>` of packed bits (weights
+flat, in C order), and in `__metadata__["masks"]` the groups and parameters (UUID, shape) they speak of, so that masks
+can be applied without anything else at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leyline import tensors
+from leyline.model import Malformed, Value, canonical_json
+from leyline.topology import Group, Kind, Member, Parameter
+
+Bits = NDArray[np.bool_]
+
+
+class _Header(Value):
+    version: Literal[1] = 1
+    model_id: str
+    groups: tuple[Group, ...]
+    parameters: dict[str, Parameter]
+
+
+@dataclass(frozen=True)
+class Dead:
+    """The pruned elements of one parameter: where any (view, bits) is True, with bits broadcast over the view.
+
+    `view` is the parameter's shape, or a reshape of it that splits an axis.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], Bits], ...]
+
+    def zero(self, flat: NDArray[Any], offset: int) -> None:
+        """Assign 0 to the pruned elements of `flat`, elements [offset, offset+len) of the parameter in C order.
+
+        Assigned, not multiplied: NaN * 0 is NaN and -1 * 0 is -0.
+        """
+        for view, bits in self.parts:
+            _fill(flat, offset, view, bits, flat.dtype.type(0))
+
+    def range(self, start: int, stop: int) -> Bits:
+        """True where an element of [start, stop), in C order, is pruned."""
+        found = np.zeros(stop - start, dtype=np.bool_)
+        for view, bits in self.parts:
+            _fill(found, start, view, bits, np.True_)
+        return found
+
+    def touches(self, start: int, stop: int) -> bool:
+        """Whether any element of [start, stop) is pruned."""
+        return bool(self.range(start, stop).any()) if stop > start else False
+
+    def full(self) -> Bits:
+        """The pruned elements as an array of the parameter's shape."""
+        return self.range(0, int(np.prod(self.shape, dtype=np.int64))).reshape(self.shape)
+
+
+def _fill(flat: NDArray[Any], offset: int, view: tuple[int, ...], bits: Bits, value: Any) -> None:
+    """Set `flat` (elements from `offset` of an array of shape `view`) to `value` where the broadcast bits are True."""
+    if not flat.size or not bits.any():
+        return
+    if len(view) <= 1:
+        span = bits if bits.shape == view else np.broadcast_to(bits, view)
+        flat[span[offset : offset + flat.size] if view else span.reshape(1)] = value
+        return
+    row = int(np.prod(view[1:], dtype=np.int64))
+    done = 0
+    while done < flat.size:
+        index, within = divmod(offset + done, row)
+        whole = (flat.size - done) // row if within == 0 else 0
+        if whole:
+            rows = bits if bits.shape[0] == 1 else bits[index : index + whole]
+            part = flat[done : done + whole * row].reshape(whole, *view[1:])
+            np.copyto(part, value, where=rows)
+            done += whole * row
+        else:  # a row that this range cuts: the same question one axis further in
+            size = min(row - within, flat.size - done)
+            inner = bits[0 if bits.shape[0] == 1 else index]
+            _fill(flat[done : done + size], within, view[1:], inner, value)
+            done += size
+
+
+def member_dead(member: Member, shape: tuple[int, ...], pruned: Bits) -> tuple[tuple[int, ...], Bits]:
+    """The (view, bits) that a member of a group contributes to its parameter, from the group's pruned units."""
+    if member.groups > 1:
+        per = shape[1]
+        view = (member.groups, shape[0] // member.groups, *shape[1:])
+        return view, pruned.reshape(member.groups, 1, per, *(1 for _ in shape[2:]))
+    along = np.zeros(shape[member.axis], dtype=np.bool_)
+    along[member.start : member.start + len(pruned) * member.block] = np.repeat(pruned, member.block)
+    return shape, along.reshape([-1 if axis == member.axis else 1 for axis in range(len(shape))])
+
+
+@dataclass(frozen=True)
+class Masks:
+    """All masks of one checkpoint. Immutable: `union` makes a new one."""
+
+    model_id: str
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    units: Mapping[str, Bits] = field(default_factory=dict)
+    """Group id -> active bits [units]; groups with nothing pruned are left out."""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    """Every parameter that a group or a weight mask names."""
+    weights: Mapping[str, Bits] = field(default_factory=dict)
+    """Parameter -> active bits, flat in C order; parameters with nothing pruned are left out."""
+
+    def __bool__(self) -> bool:
+        return bool(self.units or self.weights)
+
+    def dead(self, parameter: str) -> Dead | None:
+        """What is pruned of a parameter (canonical name), or None."""
+        return self._dead.get(parameter)
+
+    @cached_property
+    def _dead(self) -> dict[str, Dead]:
+        parts: dict[str, list[tuple[tuple[int, ...], Bits]]] = {}
+        for id_, active in self.units.items():
+            for member in self.groups[id_].members:
+                shape = self.parameters[member.parameter].shape
+                parts.setdefault(member.parameter, []).append(member_dead(member, shape, ~active))
+        for name, active in self.weights.items():
+            shape = self.parameters[name].shape
+            parts.setdefault(name, []).append(((active.size,), ~active))
+        return {name: Dead(self.parameters[name].shape, tuple(p)) for name, p in parts.items()}
+
+    def pruned(self, group: str) -> Bits | None:
+        """Pruned units of a group, or None where it has none."""
+        return ~self.units[group] if group in self.units else None
+
+    def counts(self) -> dict[str, int]:
+        """Pruned units by kind."""
+        found: dict[str, int] = {}
+        for id_, active in self.units.items():
+            kind = self.groups[id_].kind.value
+            found[kind] = found.get(kind, 0) + int((~active).sum())
+        if self.weights:
+            found[Kind.WEIGHT.value] = sum(int((~active).sum()) for active in self.weights.values())
+        return found
+
+    def union(self, other: Masks) -> Masks:
+        """Everything that either prunes. Refuses masks of another model."""
+        if other.model_id != self.model_id:
+            raise Malformed(f"masks of model {other.model_id} cannot join masks of model {self.model_id}")
+        return Masks(
+            model_id=self.model_id,
+            groups={**self.groups, **other.groups},
+            units=_both(self.units, other.units),
+            parameters={**self.parameters, **other.parameters},
+            weights=_both(self.weights, other.weights),
+        )
+
+    def exceeds(self, other: Masks) -> bool:
+        """Whether this prunes anything that `other` does not."""
+        for mine, theirs in ((self.units, other.units), (self.weights, other.weights)):
+            for name, active in mine.items():
+                known = theirs.get(name)
+                if known is None or bool((~active & known).any()):
+                    return True
+        return False
+
+    def to_bytes(self) -> bytes:
+        """The side-car file; equal masks give equal bytes."""
+        header = _Header(
+            model_id=self.model_id,
+            groups=tuple(self.groups[id_] for id_ in sorted(self.units)),
+            parameters={name: self.parameters[name] for name in sorted(self._dead)},
+        )
+        arrays = {f"group/{id_}": np.packbits(bits, bitorder="little") for id_, bits in self.units.items()}
+        arrays |= {
+            f"weight/{name}": np.packbits(bits, bitorder="little") for name, bits in self.weights.items()
+        }
+        return tensors.pack(arrays, {"masks": canonical_json(header.model_dump(mode="json")).decode()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str) -> Masks:
+        """Read a side-car; Malformed names it and what does not fit."""
+        arrays, metadata = tensors.unpack(data, name=name)
+        if "masks" not in metadata:
+            raise Malformed(f"{name} has no masks header; it is no mask file")
+        header = _Header.parse(metadata["masks"].encode(), name=name)
+        groups = {group.id: group for group in header.groups}
+        units: dict[str, Bits] = {}
+        weights: dict[str, Bits] = {}
+        for key, packed in arrays.items():
+            family, _, owner = key.partition("/")
+            known = {"group": groups, "weight": header.parameters}.get(family, {})
+            if owner not in known:
+                raise Malformed(f"{name}: tensor {key} belongs to nothing in its header")
+            size = groups[owner].units if family == "group" else header.parameters[owner].size
+            if packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
+                raise Malformed(
+                    f"{name}: tensor {key} should hold {size} packed bits, it has shape {packed.shape}"
+                )
+            bits = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
+            (units if family == "group" else weights)[owner] = bits
+        for group in header.groups:
+            if missing := [m.parameter for m in group.members if m.parameter not in header.parameters]:
+                raise Malformed(
+                    f"{name}: group {group.id} names {missing[0]}, which its header does not list"
+                )
+        return cls(header.model_id, groups, units, header.parameters, weights)
+
+    def summary(self) -> str:
+        """For people: "3 channels, 1 head"."""
+        return (
+            ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in self.counts().items()) or "nothing"
+        )
+
+
+def _both(a: Mapping[str, Bits], b: Mapping[str, Bits]) -> dict[str, Bits]:
+    joined = dict(a)
+    for name, active in b.items():
+        joined[name] = joined[name] & active if name in joined else active
+    return joined
