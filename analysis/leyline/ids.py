@@ -30,9 +30,7 @@ def checkpoint_name(step: int, term: int, nonce: str) -> str:
     """`<step>-<term>-<nonce>`: the term fences names of a trainer that was rolled back; the nonce is 8 hex digits."""
     name = f"{step}-{term}-{nonce}"
     if not _CHECKPOINT.match(name):
-        raise ValueError(
-            f"checkpoint name {name!r}: step and term must be non-negative, the nonce 8 hex digits"
-        )
+        raise ValueError(f"checkpoint name {name!r}: step and term must be non-negative, the nonce 8 hex digits")
     return name
 
 

@@ -174,9 +174,7 @@ class Masks:
             parameters={name: self.parameters[name] for name in sorted(self._dead)},
         )
         arrays = {f"group/{id_}": np.packbits(bits, bitorder="little") for id_, bits in self.units.items()}
-        arrays |= {
-            f"weight/{name}": np.packbits(bits, bitorder="little") for name, bits in self.weights.items()
-        }
+        arrays |= {f"weight/{name}": np.packbits(bits, bitorder="little") for name, bits in self.weights.items()}
         return tensors.pack(arrays, {"masks": canonical_json(header.model_dump(mode="json")).decode()})
 
     @classmethod
@@ -191,28 +189,24 @@ class Masks:
         weights: dict[str, Bits] = {}
         for key, packed in arrays.items():
             family, _, owner = key.partition("/")
-            known = {"group": groups, "weight": header.parameters}.get(family, {})
-            if owner not in known:
+            if family == "group" and owner in groups:
+                size = groups[owner].units
+            elif family == "weight" and owner in header.parameters:
+                size = header.parameters[owner].size
+            else:
                 raise Malformed(f"{name}: tensor {key} belongs to nothing in its header")
-            size = groups[owner].units if family == "group" else header.parameters[owner].size
             if packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
-                raise Malformed(
-                    f"{name}: tensor {key} should hold {size} packed bits, it has shape {packed.shape}"
-                )
+                raise Malformed(f"{name}: tensor {key} should hold {size} packed bits, it has shape {packed.shape}")
             bits = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
             (units if family == "group" else weights)[owner] = bits
         for group in header.groups:
             if missing := [m.parameter for m in group.members if m.parameter not in header.parameters]:
-                raise Malformed(
-                    f"{name}: group {group.id} names {missing[0]}, which its header does not list"
-                )
+                raise Malformed(f"{name}: group {group.id} names {missing[0]}, which its header does not list")
         return cls(header.model_id, groups, units, header.parameters, weights)
 
     def summary(self) -> str:
         """For people: "3 channels, 1 head"."""
-        return (
-            ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in self.counts().items()) or "nothing"
-        )
+        return ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in self.counts().items()) or "nothing"
 
 
 def _both(a: Mapping[str, Bits], b: Mapping[str, Bits]) -> dict[str, Bits]:

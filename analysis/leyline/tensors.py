@@ -46,13 +46,9 @@ def header_length(first: bytes, size: int, *, name: str) -> int:
         raise Malformed(f"{name} is {size} bytes long; a safetensors file has at least 8. Publish it again")
     (length,) = struct.unpack("<Q", first[:8])
     if length > MAX_HEADER:
-        raise Malformed(
-            f"{name}: the header says it is {length} bytes long; more than {MAX_HEADER} is refused"
-        )
+        raise Malformed(f"{name}: the header says it is {length} bytes long; more than {MAX_HEADER} is refused")
     if 8 + length > size:
-        raise Malformed(
-            f"{name}: the header ends at byte {8 + length}, the object at {size}; it is truncated"
-        )
+        raise Malformed(f"{name}: the header ends at byte {8 + length}, the object at {size}; it is truncated")
     return int(8 + length)
 
 
@@ -87,9 +83,7 @@ def _entry(key: str, value: Any, base: int, name: str) -> Entry:
     if dtype not in ITEMSIZE:
         raise Malformed(f"{name}: tensor {key} has dtype {dtype!r}; known are {', '.join(ITEMSIZE)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Malformed(
-            f"{name}: tensor {key} has shape {shape!r} and offsets {offsets!r}; they must be naturals"
-        )
+        raise Malformed(f"{name}: tensor {key} has shape {shape!r} and offsets {offsets!r}; they must be naturals")
     count = 1
     for side in shape:
         count *= side
