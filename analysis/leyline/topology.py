@@ -49,9 +49,9 @@ class Group(Value):
     domain: str = HOST
     units: int = Field(ge=1)
     members: tuple[Member, ...] = Field(min_length=1)
-    gate: str
-    """The module whose output is the unit's gate: the norm's, or the layer's without a norm; heads: the output
-    projection (its input is hooked); layers: the residual block."""
+    gates: tuple[str, ...] = Field(min_length=1)
+    """The modules at whose outputs the unit is scored, q summed over them: the producers' norms, or the producers where
+    there is none; heads: the output projection (its input is hooked); layers: the residual block."""
     heads_per_unit: int = Field(default=1, ge=1)
     """Query heads in a unit of kind head: more than one under grouped-query attention."""
     upstream: tuple[str, ...] = ()
