@@ -62,8 +62,13 @@ def masks(cycle: str, base: int) -> str:
 
 
 def update(cycle: str, base: int) -> str:
-    """The candidate's manifest (CheckpointUpdate), written last by apply: the candidate exists once it does."""
-    return candidate(cycle, base, "UPDATE.json")
+    """CheckpointUpdate: what apply is to do on this base."""
+    return on_base(cycle, base, "update.json")
+
+
+def manifest(cycle: str, base: int) -> str:
+    """The candidate's manifest, written last by apply: the candidate exists once it does."""
+    return candidate(cycle, base, "MANIFEST.json")
 
 
 def validation_request(cycle: str, base: int) -> str:

@@ -216,10 +216,25 @@ class StructuralAnalysisRequest(Message):
     """select: thresholds by slice key; a slice without one loses nothing."""
 
 
+class WorkLimits(Value):
+    """How workers share a phase. Outside every key: they change who computes, never what."""
+
+    threads: int = Field(default=2, ge=1)
+    """Scoring threads of one worker (importance_aggregation_threads)."""
+    memory_bytes: int = Field(default=2_000_000_000, ge=1)
+    """analysis_memory_limit; I/O buffers are cut to fit."""
+    attempt_seconds: float = 30.0
+    beat_seconds: float = 5.0
+    attempts: int = 3
+    replicas: int = Field(default=1, ge=1)
+    """consensus.replicas: with 3, a request needs a strict majority of different workers."""
+
+
 class Requests(Value):
-    """All requests of one round, in canonical order."""
+    """`requests-<round>.json`: all requests of one round, in canonical order."""
 
     requests: tuple[StructuralAnalysisRequest, ...]
+    limits: WorkLimits = WorkLimits()
 
 
 class StructuralAnalysisResponse(Message):
@@ -257,8 +272,8 @@ class PruningValidationRequest(Message):
     """Masks of the base pair: the first gate's reference."""
     reference: str | None = None
     """Checkpoint whose unmasked weights are the second gate's reference, where they are known (else the baseline)."""
-    update: str
-    """Path of the candidate's manifest."""
+    candidate: str
+    """SHA-256 of the candidate's manifest."""
     accuracy_drop: float
     cumulative_drop: float
     min_channel_retention: float
@@ -269,17 +284,33 @@ class PruningValidationRequest(Message):
 
 
 class CheckpointUpdate(Message):
-    """Emrakul -> Kasmina, and the candidate's manifest: the masks to embed, and the masked objects made from them."""
+    """Emrakul -> Kasmina: apply this decision to this base. Stored as `on-<base>/update.json`."""
 
+    cycle: str
+    base: int
+    """Record of the base pair."""
+    checkpoint: str
+    decision: str
+    """SHA-256 of decision.json."""
+    inherited: MaskRef | None = None
+    """Masks of the base pair; the candidate carries them and the new ones."""
+    limits: WorkLimits
+
+
+class Candidate(Value):
+    """The candidate's manifest, `candidate/MANIFEST.json`, written last: the candidate exists once it does."""
+
+    schema_version: Literal[1] = 1
     cycle: str
     base: int
     checkpoint: str
     decision: str
-    """SHA-256 of decision.json."""
     masks: MaskRef
     """All masks of the candidate: inherited and new."""
     objects: tuple[StoredObject, ...]
+    """The masked objects (weights, optimizer), by the paths they have in the base."""
     weights_zeroed: int = 0
+    """Weights (optimizer slots apart) that the masks zero."""
 
 
 class AnalysisResults(Message):
@@ -399,7 +430,7 @@ class Verdict(Value):
     cycle: str
     base: int
     checkpoint: str
-    update: str
+    candidate: str
     """SHA-256 of the candidate's manifest."""
     masks: str
     """SHA-256 of the mask file."""
