@@ -15,6 +15,9 @@ from typing import Protocol
 CHUNK = 16 * 1024 * 1024
 """Bytes in a chunk. Digests, reads, encryption frames and multipart parts all align to it."""
 
+Data = bytes | bytearray
+"""What may be written."""
+
 
 class StoreError(Exception):
     """Something the store answered, as a sentence that names the object and the remedy."""
@@ -40,17 +43,22 @@ class Changed(StoreError):
     """The object is not the one that was pinned (another ETag, version or size)."""
 
 
+class Damaged(StoreError):
+    """The bytes are there but are not what their digest, frame or envelope says."""
+
+
 class Unsuitable(StoreError):
     """The store ignores conditional writes (or cannot make them), so the protocol would be unsafe on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What the store says of one object. `pin` names exactly this content to `get_range` (ETag, or inode+mtime)."""
+    """What the store says of one object."""
 
     key: str
     size: int
     pin: str
+    """Names exactly this content to `get_range`: the ETag, or inode, size and mtime of a file."""
     modified: datetime
     """By the store's clock: ages across processes are differences of these."""
 
@@ -72,27 +80,33 @@ class ObjectStore(Protocol):
         ...
 
     def get_range(self, key: str, start: int, stop: int, *, pin: str | None = None) -> bytes:
-        """Bytes [start, stop) of the object; Changed if `pin` is given and the object is another one now."""
-        ...
+        """Bytes [start, stop) of the object, all of them: a range behind its end is Changed, never shortened.
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write the object; True if this call made it, False if the same bytes stood there already.
-
-        A response may be lost after the write succeeded, and a retry then sees "exists": so "exists" is read
-        back, equal bytes are success, and other bytes raise Exists. 409 and 5xx are retried.
+        With `pin`, Changed also if the object is another one now. Ranges above CHUNK are the caller's memory.
         """
         ...
 
-    def put_stream(self, key: str, chunks: Iterable[bytes], *, size: int) -> bool:
+    def put_if_absent(self, key: str, data: Data) -> bool:
+        """Write the object; True if this call made it, False if the same bytes stood there already.
+
+        A response may be lost after the write succeeded, and a retry then sees "exists": so "exists" is read
+        back, equal bytes are success, and other bytes raise Exists. 409 and 5xx are retried. After a lost
+        response the answer may be False although this call made the object: False means "it stands".
+        """
+        ...
+
+    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
         """Like put_if_absent for `size` bytes that come in chunks of CHUNK bytes (the last may be shorter).
 
-        At most two chunks are held. Nothing is visible before the last byte; a failure in `chunks` leaves
-        nothing behind. On "exists" the object is read back in ranges and compared by its chunks' SHA-256.
+        At most two chunks are held, so `chunks` must not reuse a buffer it has given away. Nothing is visible
+        before the last byte; a failure in `chunks` leaves nothing behind. On "exists" the object is read back
+        in ranges and compared. A conflict (409) at the end of a multipart upload can be redone only if
+        `chunks` can be iterated again; a generator cannot, and ends in Unreachable.
         """
         ...
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Head]:
-        """Objects whose key starts with `prefix`, in key order, from behind `after`."""
+        """Objects whose key starts with `prefix`, in order of the keys' UTF-8 bytes, from behind `after`."""
         ...
 
     def delete(self, key: str) -> None:
@@ -102,3 +116,27 @@ class ObjectStore(Protocol):
     def now(self) -> datetime:
         """The store's clock (UTC)."""
         ...
+
+
+def checked_key(key: str) -> str:
+    """`key` if it names an object inside the run: relative, printable, without empty, "." or ".." segments."""
+    segments = key.split("/")
+    if not key.isprintable() or "\\" in key or any(segment in ("", ".", "..") for segment in segments):
+        raise StoreError(f"{key!r} is no object key; give a path inside the run such as log/0/0.json")
+    return key
+
+
+def checked_chunks(key: str, chunks: Iterable[Data], *, size: int) -> Iterator[Data]:
+    """`chunks` as they are, but an error as soon as they cannot become `size` bytes in chunks of CHUNK."""
+    done = 0
+    for chunk in chunks:
+        expected = min(CHUNK, size - done)
+        if len(chunk) != expected or not chunk:
+            raise StoreError(
+                f"{key}: a chunk of {len(chunk):,} bytes came at byte {done:,} of {size:,} where {expected:,} "
+                f"were due; nothing was written; cut the stream into chunks of {CHUNK:,} bytes"
+            )
+        done += len(chunk)
+        yield chunk
+    if done != size:
+        raise StoreError(f"{key}: the stream ended after {done:,} of {size:,} bytes; nothing was written")
