@@ -22,7 +22,7 @@ class Value(BaseModel):
         """RFC 8785 JSON: equal values give equal bytes, whoever writes them."""
         return canonical_json(self.model_dump(mode="json"))
 
-    def digest(self) -> str:
+    def sha256(self) -> str:
         """SHA-256 of the canonical JSON, in hex."""
         return hashlib.sha256(self.canonical()).hexdigest()
 
