@@ -248,8 +248,11 @@ class StructuralAnalysisResponse(Message):
     """
 
     request: str
-    status: Literal["answered", "invalid", "failed"] = "answered"
-    """invalid: the input breaks a rule (NaN, a bad header); failed: the scorer could not do it."""
+    status: Literal["answered", "invalid", "importance", "failed"] = "answered"
+    """invalid: the weights break a rule (NaN, a bad header); importance: the statistics are missing, corrupt or
+    foreign; failed: the scorer could not do it."""
+    reason: str = ""
+    """A code of leyline.reasons where it is not answered."""
     message: str = ""
     result: str = ""
     # what lies outside every digest
