@@ -18,6 +18,11 @@ class Ladder(Value):
     streak: int = Field(default=0, ge=0)
     """Committed cycles in a row that were good enough for promotion."""
 
+    def demoted(self) -> Ladder:
+        """One stage down, never below Conservative, and the streak is lost."""
+        lower = {Stage.AGGRESSIVE: Stage.MODERATE, Stage.MODERATE: Stage.CONSERVATIVE}
+        return Ladder(stage=lower.get(self.stage, self.stage))
+
 
 class Breaker(Value):
     """The circuit breaker against repeated failures."""

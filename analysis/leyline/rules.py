@@ -1,0 +1,157 @@
+"""When a record may be appended: one small pure function for each kind, over the state that it would follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from leyline.fold import RunState
+from leyline.records import (
+    PROTOCOL,
+    Admit,
+    Draft,
+    Genesis,
+    Kind,
+    Outcome,
+    Prune,
+    Publish,
+    Resume,
+    Retire,
+    Rollback,
+)
+
+ROLLBACK_DEPTH = 5
+"""Good pairs behind the tip that gc leaves alone, so that a progressive rollback has somewhere to go."""
+
+Refusal = str | None
+"""None: allowed. Else a sentence."""
+
+
+def refusal(state: RunState | None, draft: Draft) -> Refusal:
+    """Why this draft may not follow this state, or None."""
+    if state is None:
+        return None if isinstance(draft.body, Genesis) else "the log is empty; its first record must be a genesis"
+    return _RULES[draft.kind](state, draft)
+
+
+def _genesis(state: RunState, _draft: Draft) -> Refusal:
+    return f"run {state.run_id} already has a genesis"
+
+
+def _open(_state: RunState, _draft: Draft) -> Refusal:
+    return None
+
+
+def _publish(state: RunState, draft: Draft) -> Refusal:
+    assert isinstance(draft.body, Publish)
+    if state.opened < 0:
+        return "the run was never opened; a trainer opens it before it publishes"
+    if draft.body.term != state.term:
+        cause = "rolled back" if state.rolled_back > state.opened else "opened by another trainer"
+        return (
+            f"checkpoint {draft.id} belongs to term {draft.body.term}, but the run was {cause} since (term "
+            f"{state.term}); restart from the tip"
+        )
+    tip = state.tip_pair
+    if tip is not None and tip.masks is not None and draft.masks != tip.masks:
+        return f"checkpoint {draft.id} does not carry the tip's masks ({tip.masks.path}); publish through kasmina"
+    return None
+
+
+def _admit(state: RunState, draft: Draft) -> Refusal:
+    assert isinstance(draft.body, Admit)
+    if state.live is not None:
+        return f"cycle {state.live.id} is live; one cycle a run"
+    if draft.body.protocol != PROTOCOL:
+        return f"protocol {draft.body.protocol} is not this log's ({PROTOCOL}); use images of the operator's version"
+    base = state.pair(draft.body.base)
+    if base is None:
+        return f"base record {draft.body.base} is no pair, or is retired"
+    if base.condemned:
+        return f"base record {draft.body.base} was condemned by a rollback"
+    return None
+
+
+def _prune(state: RunState, draft: Draft) -> Refusal:
+    assert isinstance(draft.body, Prune)
+    if state.live is None or state.live.id != draft.id:
+        return f"cycle {draft.id} has ended or was never admitted"
+    if state.tip != draft.body.base:
+        return f"the tip moved to record {state.tip} since base {draft.body.base}"
+    base = state.pair(draft.body.base)
+    if base is None or base.condemned:
+        return f"base record {draft.body.base} was condemned or retired"
+    if draft.masks is None:
+        return f"cycle {draft.id} would prune without masks"
+    if not any(path.endswith("/verdict.json") for path in draft.evidence):
+        return f"cycle {draft.id} has no verdict for base {draft.body.base}; nothing is committed without one"
+    return None
+
+
+def _outcome(state: RunState, draft: Draft) -> Refusal:
+    assert isinstance(draft.body, Outcome)
+    if state.live is None or state.live.id != draft.id:
+        return f"cycle {draft.id} has ended or was never admitted"
+    return None
+
+
+def _rollback(state: RunState, draft: Draft) -> Refusal:
+    assert isinstance(draft.body, Rollback)
+    target = state.pair(draft.body.to)
+    if target is None:
+        return f"record {draft.body.to} is no pair, or is retired; `emrakul history` lists them"
+    if target.record == state.tip and draft.body.by != "person":
+        return f"record {draft.body.to} is already the tip"
+    if target.condemned and draft.body.by != "person":
+        return f"record {draft.body.to} was condemned by a rollback; only a person may name it"
+    return None
+
+
+def _resume(state: RunState, draft: Draft) -> Refusal:
+    assert isinstance(draft.body, Resume)
+    if state.hold is None:
+        return "the run is not held"
+    if state.hold != draft.body.rollback:
+        return f"the run is held by rollback {state.hold}, not by {draft.body.rollback}"
+    return None
+
+
+def _retire(state: RunState, draft: Draft) -> Refusal:
+    assert isinstance(draft.body, Retire)
+    needed = protected(state)
+    for record in draft.body.pairs:
+        if record in needed:
+            return f"pair {record} is still needed: it is {needed[record]}"
+        if state.pair(record) is None:
+            return f"record {record} is no pair, or is retired already"
+    return None
+
+
+def protected(state: RunState, *, depth: int = ROLLBACK_DEPTH) -> dict[int, str]:
+    """Pairs that gc must leave alone, and why."""
+    why: dict[int, str] = {}
+    if state.live is not None:
+        why[state.live.base] = "the base of a live cycle"
+    if state.last_good is not None:
+        tip = state.tip_pair
+        chain = (tip, *state.ancestors(tip.record)) if tip else ()
+        for pair in [pair for pair in chain if pair.good and not pair.condemned][: depth + 1]:
+            why[pair.record] = "within the rollback depth"
+        why[state.last_good.record] = "the last good pair"
+    if state.baseline is not None:
+        why[state.baseline] = "the baseline"
+    if state.tip is not None:
+        why[state.tip] = "the tip"
+    return why
+
+
+_RULES: dict[Kind, Callable[[RunState, Draft], Refusal]] = {
+    Kind.GENESIS: _genesis,
+    Kind.OPEN: _open,
+    Kind.PUBLISH: _publish,
+    Kind.ADMIT: _admit,
+    Kind.PRUNE: _prune,
+    Kind.OUTCOME: _outcome,
+    Kind.ROLLBACK: _rollback,
+    Kind.RESUME: _resume,
+    Kind.RETIRE: _retire,
+}
