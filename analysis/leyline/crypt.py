@@ -194,6 +194,8 @@ class _Cipher:
     """Opens and seals the frames of one object."""
 
     def __init__(self, key: str, checkpoint: str, header: bytes, object_key: bytes) -> None:
+        self._prefix: bytes
+        self.size: int
         *_, self._prefix, self.size = _HEADER.unpack(header)
         self.frames = _frames(self.size)
         self._key = key

@@ -106,7 +106,11 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Head]:
-        """Objects whose key starts with `prefix`, in order of the keys' UTF-8 bytes, from behind `after`."""
+        """Objects whose key starts with `prefix`, from behind `after`.
+
+        Names in one folder come in order of their UTF-8 bytes. Across folders do not rely on it where one name
+        begins another ("a/" and "a-b"): SeaweedFS sorts these by folder, S3 by whole keys.
+        """
         ...
 
     def delete(self, key: str) -> None:
