@@ -44,6 +44,11 @@ def responses(cycle: str, request: str = "") -> str:
     return f"cycles/{cycle}/responses/{request}{'/' if request else ''}"
 
 
+def forced(cycle: str) -> str:
+    """The decision that a person forces on a cycle; its digest is in the admit record."""
+    return f"cycles/{cycle}/forced.json"
+
+
 def decision(cycle: str) -> str:
     return f"cycles/{cycle}/decision.json"
 

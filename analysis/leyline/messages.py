@@ -114,7 +114,8 @@ class CheckpointMetadata(Message):
     """The masks that the saved weights already carry."""
     num_params: int = Field(ge=0)
     num_bytes: int = Field(ge=0)
-    trusted_evaluation: bool = False
+    statistics: ImportanceStats | None = None
+    """What the importance file says of itself, in the clear: admission needs no key to judge samples and age."""
 
     def object(self, path: str) -> StoredObject:
         for stored in self.objects:
@@ -395,6 +396,10 @@ class Decision(Value):
     """Request id -> result digest of the answer used."""
     fallback: str = ""
     """Why basic pruning was used instead of structured, where it was."""
+    declined: str = ""
+    """A code of leyline.reasons where nothing is to be pruned; the decision is written all the same."""
+    message: str = ""
+    """The sentence that goes with `declined`."""
 
 
 class Check(Value):
@@ -446,4 +451,5 @@ class Verdict(Value):
     trusted: bool = False
 
 
+CheckpointMetadata.model_rebuild()
 AnalysisResults.model_rebuild()
