@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kasmina.channels import channel_groups
+from kasmina.declare import Declaration
+from kasmina.patterns import HEADS, LAYERS, HeadPattern, LayerPattern
 from kasmina.trial import Trial
 from leyline.ids import canonical_name, parameter_uuid
 from leyline.topology import HOST, Declined, Group, Parameter, Topology
@@ -25,13 +27,16 @@ def trace_topology(
     example_inputs: Any,
     *,
     model_id: str,
+    heads: Sequence[HeadPattern] | Literal["auto"] = "auto",
+    layers: Sequence[LayerPattern] | Literal["auto", "none"] = "auto",
     seeds: Mapping[str, str] | Sequence[str] = (),
     declared_nonzero: Collection[str] = (),
 ) -> Topology:
     """Find the groups of `model`. The model, its gradients, hooks and mode, and the random state stay as they are.
 
     `example_inputs`: a tensor, a tuple of positional inputs, or a mapping of keyword inputs; small, but every path of
-    the model must be taken. `seeds`: module names that are domains of their own (a mapping also names the domain).
+    the model must be taken. `heads`, `layers`: patterns that declare attention heads and residual branches; by default
+    the presets of `kasmina.patterns`. `seeds`: names of modules that are domains of their own (a mapping names these).
     `declared_nonzero`: ids of groups that may be pruned although an activation with f(0) != 0 follows.
     """
     with torch.random.fork_rng(devices=_devices(model)), torch.enable_grad():
@@ -39,11 +44,20 @@ def trace_topology(
         forward = _forward(example_inputs)
         parameters = _parameters(clone, model_id, _domains(seeds))
         tied = {name for first, p in parameters.items() if p.aliases for name in (first, *p.aliases)}
-        found, declined = channel_groups(clone, forward, taken=(), tied=tied)
-        found, crossing = _within_domains(found, parameters)
+        told = Declaration(clone, tied)
+        told.heads(HEADS if heads == "auto" else heads, attention_modules=heads == "auto")
+        told.mlps()
+        if layers != "none":
+            told.layers(LAYERS if layers == "auto" else layers)
+        channels, declined = channel_groups(clone, forward, taken=told.taken, tied=tied)
+        found, crossing = _within_domains([*told.groups, *channels], parameters)
         held, failed = Trial(clone, forward).check(found, declared_nonzero)
+    order = {name: at for at, name in enumerate(parameters)}
     return Topology(
-        model_id=model_id, parameters=parameters, groups=tuple(held), declined=(*declined, *crossing, *failed)
+        model_id=model_id,
+        parameters=parameters,
+        groups=tuple(sorted(held, key=lambda group: order[group.members[0].parameter])),
+        declined=(*told.declined, *declined, *crossing, *failed),
     )
 
 
@@ -76,7 +90,7 @@ def _clone(model: nn.Module) -> nn.Module:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return module.module
+        return cast(nn.Module, module.module)
     return next((inner for name in _WRAPPERS if isinstance(inner := getattr(module, name, None), nn.Module)), module)
 
 
