@@ -122,7 +122,7 @@ def _running(command: Sequence[str], *, folder: Path, port: int, bucket: str) ->
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(3)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(10)

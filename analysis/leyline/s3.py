@@ -36,6 +36,7 @@ from botocore.exceptions import (
     SSLError,
     TokenRetrievalError,
 )
+from botocore.exceptions import ConnectionError as NoConnectionError
 
 from leyline.digest import digest_bytes, sha256_hex
 from leyline.store import (
@@ -70,7 +71,7 @@ _NO_CREDENTIALS = (
     PartialCredentialsError,
     TokenRetrievalError,
 )
-_NO_ANSWER = (HTTPClientError, IncompleteReadError, ResponseStreamingError)
+_NO_ANSWER = (NoConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError)
 # Some of these come as 400, so the status alone does not tell.
 _REFUSALS = ("AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
 _TRANSIENT = ("InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling")

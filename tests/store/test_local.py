@@ -40,7 +40,8 @@ print(*wins)
 def test_of_several_processes_one_wins_each_key(tmp_path: Path) -> None:
     writers = [start(WRITER, tmp_path, name) for name in range(4)]
     for writer in writers:
-        assert writer.stdout and writer.stdout.readline() == "ready\n"
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
     for writer in writers:
         assert writer.stdin
         writer.stdin.write("go\n")
@@ -65,7 +66,8 @@ LocalStore(sys.argv[1]).put_stream("big", chunks(), size=2 * CHUNK)
 
 def test_a_killed_writer_leaves_nothing_visible(local: LocalStore, tmp_path: Path) -> None:
     writer = start(KILLED, tmp_path / "run")
-    assert writer.stdout and writer.stdout.readline() == "half\n"
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "half\n"
     writer.kill()
     writer.communicate(timeout=10)
     with pytest.raises(NotFound):
@@ -189,6 +191,12 @@ def test_an_overwrite_in_place_is_noticed_by_the_pin(local: LocalStore, tmp_path
     os.utime(tmp_path / "run" / "a", (1, 1))
     with pytest.raises(Changed):
         local.get_range("a", 0, 5, pin=pin)
+
+
+def test_a_delete_leaves_no_empty_folders(local: LocalStore) -> None:
+    local.put_if_absent("a/b/c", b"1")
+    local.delete("a/b/c")
+    assert local.put_if_absent("a", b"2")
 
 
 def test_lists_in_the_order_of_whole_keys(local: LocalStore) -> None:
