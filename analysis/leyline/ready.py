@@ -1,0 +1,31 @@
+"""READY.json: how a checkpoint's metadata is written and read. A checkpoint exists once this object does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from leyline import layout
+from leyline.envelope import SigningKey, Trust, open_envelope, seal
+from leyline.messages import CheckpointMetadata
+from leyline.model import Malformed
+from leyline.store import ObjectStore
+
+PAYLOAD = "application/vnd.emrakul.checkpoint+json"
+
+
+def seal_ready(metadata: CheckpointMetadata, keys: Sequence[SigningKey]) -> bytes:
+    """The bytes of READY.json."""
+    return seal(metadata.canonical(), PAYLOAD, keys)
+
+
+def read_ready(store: ObjectStore, name: str, trust: Trust | None) -> CheckpointMetadata:
+    """The metadata of checkpoint `name`.
+
+    Raises NotFound where there is no such checkpoint, Damaged or Untrusted for the envelope, Malformed for what it says.
+    """
+    key = layout.checkpoint(name, layout.READY)
+    payload = open_envelope(store.get(key), PAYLOAD, trust, roles=("trainer",), name=key)
+    metadata = CheckpointMetadata.parse(payload, name=key)
+    if metadata.name != name:
+        raise Malformed(f"{key} speaks of checkpoint {metadata.name}; it was copied there, publish it again")
+    return metadata
