@@ -242,8 +242,10 @@ class StructuralAnalysisResponse(Message):
     """Elesh -> Emrakul: the answer to one request; its arrays are the tensors of the same safetensors object.
 
     structured: `gate/<group>/<scorer>` [units] scores, `gate/<group>/<scorer>/se` standard errors,
-    `gate/<group>/<scorer>/odd` and `/even` the halves; `norm/<slice key>/<group>/<member index>/<first unit>` partial
-    sums of squares, to be added in topology order. histogram and refine: `<slice key>/bucket` U32 and
+    `gate/<group>/<scorer>/odd` and `/even` the halves; `gate/<group>/input` [units] root of the sum of x_j squared
+    (channel Wanda's second factor); `gate/<group>/redundancy` [units, units] similarity of heads;
+    `norm/<slice key>/<group>/<member index>/<first unit>` partial sums of squares, to be added in topology order
+    (magnitude: of every member; Wanda: of the consumers). histogram and refine: `<slice key>/bucket` U32 and
     `<slice key>/count` I64, sparse. select: `<slice key>/mask`, packed bits, 1 active.
     The key is the request's; `result` is the SHA-256 of the arrays, by which answers are compared.
     """
