@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from leyline import layout
-from leyline.envelope import SigningKey, Trust, open_envelope, seal
+from leyline.envelope import Role, SigningKey, Trust, open_envelope, seal
 from leyline.messages import CheckpointMetadata
 from leyline.model import Malformed
 from leyline.store import NotFound, ObjectStore
 
 PAYLOAD = "application/vnd.emrakul.checkpoint+json"
+WRITERS: tuple[Role, ...] = ("trainer",)
 
 
 def seal_ready(metadata: CheckpointMetadata, keys: Sequence[SigningKey] = ()) -> bytes:
@@ -28,7 +29,7 @@ def read_ready(store: ObjectStore, name: str, *, trust: Trust | None) -> Checkpo
         data = store.get(key)
     except NotFound as error:
         raise Malformed(f"checkpoint {name} has no {layout.READY}, so it is not whole; publish it again") from error
-    payload = open_envelope(data, PAYLOAD, trust, roles=("trainer",), name=key)
+    payload = open_envelope(data, PAYLOAD, trust, roles=WRITERS, name=key)
     metadata = CheckpointMetadata.parse(payload, name=key)
     if metadata.name != name:
         raise Malformed(f"{key} speaks of checkpoint {metadata.name}; it was copied there, publish {name} again")
