@@ -131,8 +131,7 @@ def fold(state: RunState | None, n: int, draft: Draft) -> RunState:
         case Resume():
             return after.model_copy(update={"hold": None})
         case Retire():
-            kept = tuple(pair for pair in state.pairs if pair.record not in body.pairs)
-            return after.model_copy(update={"pairs": kept})
+            return after.model_copy(update={"pairs": _without(state, frozenset(body.pairs))})
         case Genesis():
             raise ValueError(f"record {n} is a second genesis")
 
@@ -214,14 +213,20 @@ def _prune(state: RunState, draft: Draft, body: Prune) -> RunState:
     return state.model_copy(update={"tip": state.n, "tip_moved": state.n, "pairs": (*state.pairs, pair)})
 
 
+def _without(state: RunState, gone: frozenset[int]) -> tuple[PairState, ...]:
+    """The other pairs; whose parent goes descends from the nearest ancestor that stays."""
+    kept = []
+    for pair in state.pairs:
+        if pair.record not in gone:
+            parent = next((older.record for older in state.ancestors(pair.record) if older.record not in gone), None)
+            kept.append(pair.model_copy(update={"parent": parent}))
+    return tuple(kept)
+
+
 def _rollback(state: RunState, draft: Draft, body: Rollback) -> RunState:
-    keep = {body.to, *(pair.record for pair in state.ancestors(body.to))}
+    # the target's own ancestors have lower numbers, so none of them is touched
     pairs = tuple(
-        pair.model_copy(update={"condemned": False})
-        if pair.record == body.to
-        else pair.model_copy(update={"condemned": True})
-        if pair.record > body.to and pair.record not in keep
-        else pair
+        pair.model_copy(update={"condemned": pair.record > body.to}) if pair.record >= body.to else pair
         for pair in state.pairs
     )
     return state.model_copy(

@@ -15,7 +15,7 @@ from leyline.digest import sha256_hex
 from leyline.envelope import SigningKey, Trust, is_signed, open_envelope, seal
 from leyline.fold import RunState, fold
 from leyline.model import Malformed
-from leyline.records import WRITERS, Draft, Genesis, Record
+from leyline.records import WRITERS, Admit, Draft, Genesis, Record, writers
 from leyline.rules import refusal
 from leyline.store import Exists, NotFound, ObjectStore, StoreError
 
@@ -72,11 +72,11 @@ class Log:
         key = layout.record(n)
         data = self._store.get(key)
         # the kind is inside, so any writer's key is tried first and the record's own roles right after
-        roles = tuple(sorted({role for writers in WRITERS.values() for role in writers}))
+        roles = tuple(sorted({role for some in WRITERS.values() for role in some}))
         payload = open_envelope(data, PAYLOAD, self._trust, roles=roles, name=key)
         record = Record.parse(payload, name=key)
         if self._trust is not None:
-            open_envelope(data, PAYLOAD, self._trust, roles=WRITERS[record.kind], name=key)
+            open_envelope(data, PAYLOAD, self._trust, roles=writers(record.body), name=key)
         self.signed = self.signed and is_signed(data, name=key)
         if record.n != n:
             raise Malformed(f"{key} says it is record {record.n}; the log was tampered with")
@@ -86,7 +86,7 @@ class Log:
         """The newest record. NoRun where there is none; StoreReverted where the log went back."""
         if self._tail is None:
             self._tail = self._find_tail()
-        for entry in self._after(self._tail):
+        while (entry := self._next(self._tail)) is not None:
             self._tail = entry
         return self._tail
 
@@ -109,14 +109,7 @@ class Log:
         low = 0
         if self._seen is not None:
             low = self._seen[0]
-            try:
-                _, digest = self.read(low)
-            except NotFound as error:
-                raise StoreReverted(
-                    f"{self._store.uri}: record {low} was seen before and is gone; restore the log, never prune on"
-                ) from error
-            if digest != self._seen[1]:
-                raise StoreReverted(f"{self._store.uri}: record {low} is another one than was seen before; stop")
+            self._still_there(*self._seen)
         elif not self._exists(0):
             raise NoRun(f"{self._store.uri} holds no run (no {layout.GENESIS}); a trainer's first publish makes one")
         step = 1
@@ -136,18 +129,32 @@ class Log:
             return False
         return True
 
-    def _after(self, entry: Entry) -> Iterator[Entry]:
-        while True:
-            try:
-                record, digest = self.read(entry.record.n + 1)
-            except NotFound:
-                return
-            entry = _follow(entry, record, digest)
-            yield entry
+    def _next(self, entry: Entry) -> Entry | None:
+        try:
+            record, digest = self.read(entry.record.n + 1)
+        except NotFound:
+            return None
+        if record.prev != entry.digest:
+            self._still_there(entry.record.n, entry.digest)
+        return _follow(entry, record, digest)
+
+    def _still_there(self, n: int, digest: str) -> None:
+        """A restored older copy must never be written on: the records that are gone would be lost for good."""
+        try:
+            _, found = self.read(n)
+        except NotFound as error:
+            raise StoreReverted(
+                f"{self._store.uri}: record {n} was seen before and is gone; restore the log, never go on"
+            ) from error
+        if found != digest:
+            raise StoreReverted(f"{self._store.uri}: record {n} is another one than was seen before; stop")
 
     def _state(self, record: Record) -> RunState:
         key = layout.state(record.state)
-        data = self._store.get(key)
+        try:
+            data = self._store.get(key)
+        except NotFound as error:
+            raise Malformed(f"{key}, the state after record {record.n}, is missing; restore it from a copy") from error
         if sha256_hex(data) != record.state:
             raise Malformed(f"{key} is not what record {record.n} rests on; `emrakul verify` says what still holds")
         return RunState.parse(data, name=key)
@@ -158,15 +165,19 @@ class Log:
         """Record 0. The run that is there already, if it is the same one; NotAllowed if it is another."""
         assert isinstance(draft.body, Genesis)
         try:
-            entry = self._write(None, draft)
-        except Exists:
             entry = self.tail()
+        except NoRun:
+            try:
+                entry = self._write(None, draft)
+            except Exists:
+                entry = self.tail()
         if (entry.state.run_id, entry.state.model_id) != (draft.body.run_id, draft.body.model_id):
             raise NotAllowed(
                 f"{self._store.uri} is run {entry.state.run_id} of model {entry.state.model_id}, not "
                 f"{draft.body.run_id} of {draft.body.model_id}; use another run URI"
             )
-        return self.tail()
+        self._tail = entry
+        return entry
 
     def append(self, draft: Draft, *, base: int) -> Entry:
         """Write `draft` after the newest record, if the rules still allow it there.
@@ -174,7 +185,8 @@ class Log:
         Looks for `draft`'s id since record `base` first and returns that record if it is there: a restarted writer
         finds its own work. NotAllowed says why not; the caller decides again from what the log says now.
         """
-        looked = base
+        # a cycle's name may never be admitted twice, wherever the caller started to look
+        looked = min(base, draft.body.base) if isinstance(draft.body, Admit) else base
         for _ in range(ATTEMPTS):
             tail = self.tail()
             for record in self._between(looked, tail.record.n):
@@ -207,6 +219,10 @@ class Log:
         state = fold(tail.state if tail else None, n, draft)
         record = place(draft, n=n, prev=tail.digest if tail else "", state=state)
         data = seal(record.canonical(), PAYLOAD, self._keys)
+        if self._trust is not None:  # or every reader would refuse the log from here on
+            open_envelope(data, PAYLOAD, self._trust, roles=writers(draft.body), name=f"this {draft.kind} record")
+        if tail is not None:
+            self._still_there(tail.record.n, tail.digest)
         # the state first: a record is never without it, and a state without its record is no harm
         self._store.put_if_absent(layout.state(record.state), state.canonical())
         self._store.put_if_absent(layout.record(n), data)

@@ -41,7 +41,7 @@ WRITERS: dict[Kind, tuple[Role, ...]] = {
     Kind.RESUME: ("operator",),
     Kind.RETIRE: ("operator",),
 }
-"""Whose key must have signed a record, where trust is configured."""
+"""Whose key may have signed a record, where trust is configured; see `writers`."""
 
 
 class Pair(Value):
@@ -149,6 +149,13 @@ class Retire(Value):
 Body = Annotated[
     Genesis | Open | Publish | Admit | Prune | Outcome | Rollback | Resume | Retire, Field(discriminator="kind")
 ]
+
+
+def writers(body: Body) -> tuple[Role, ...]:
+    """Whose key must have signed this record. A trainer may roll back for itself, never in a person's name."""
+    if isinstance(body, Rollback) and body.by != "trainer":
+        return ("operator",)
+    return WRITERS[body.kind]
 
 
 class Draft(Value):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from leyline import layout
 from leyline.fold import RunState
 from leyline.records import (
     PROTOCOL,
@@ -51,9 +53,14 @@ def _publish(state: RunState, draft: Draft) -> Refusal:
             f"checkpoint {draft.id} belongs to term {draft.body.term}, but the run was {cause} since (term "
             f"{state.term}); restart from the tip"
         )
-    tip = state.tip_pair
-    if tip is not None and tip.masks is not None and draft.masks != tip.masks:
-        return f"checkpoint {draft.id} does not carry the tip's masks ({tip.masks.path}); publish through kasmina"
+    if any(pair.checkpoint == draft.id and pair.candidate is None for pair in state.pairs):
+        return f"checkpoint {draft.id} is in the log already"
+    masks = state.tip_pair.masks if state.tip_pair else None
+    if draft.masks != masks:
+        said = draft.masks.path if draft.masks else "no masks"
+        return f"checkpoint {draft.id} names {said}, the tip has {masks.path if masks else 'none'}; read on, try again"
+    if masks is None and draft.baked is not None:
+        return f"checkpoint {draft.id} says {draft.baked.path} is baked into it, but the tip has no masks"
     return None
 
 
@@ -68,6 +75,8 @@ def _admit(state: RunState, draft: Draft) -> Refusal:
         return f"base record {draft.body.base} is no pair, or is retired"
     if base.condemned:
         return f"base record {draft.body.base} was condemned by a rollback"
+    if base.provisional:
+        return f"base record {draft.body.base} is provisional: its weights do not carry its masks yet"
     return None
 
 
@@ -77,12 +86,17 @@ def _prune(state: RunState, draft: Draft) -> Refusal:
         return f"cycle {draft.id} has ended or was never admitted"
     if state.tip != draft.body.base:
         return f"the tip moved to record {state.tip} since base {draft.body.base}"
+    if state.rolled_back > state.live.admitted:  # the tip may be back at the base: it did move
+        return f"the run was rolled back by record {state.rolled_back} since cycle {draft.id} was admitted"
     base = state.pair(draft.body.base)
-    if base is None or base.condemned:
-        return f"base record {draft.body.base} was condemned or retired"
-    if draft.masks is None:
-        return f"cycle {draft.id} would prune without masks"
-    if not any(path.endswith("/verdict.json") for path in draft.evidence):
+    if base is None or base.condemned or base.provisional:
+        return f"base record {draft.body.base} was condemned or retired, or is provisional"
+    folder = layout.candidate(draft.id, draft.body.base)
+    if draft.body.candidate != folder:
+        return f"cycle {draft.id} on base {draft.body.base} names candidate {draft.body.candidate}, not {folder}"
+    if draft.masks is None or draft.masks.path != layout.masks(draft.id, draft.body.base):
+        return f"cycle {draft.id} would prune without the masks of its candidate {folder}"
+    if layout.verdict(draft.id, draft.body.base) not in draft.evidence:
         return f"cycle {draft.id} has no verdict for base {draft.body.base}; nothing is committed without one"
     return None
 
@@ -142,6 +156,28 @@ def protected(state: RunState, *, depth: int = ROLLBACK_DEPTH) -> dict[int, str]
     if state.tip is not None:
         why[state.tip] = "the tip"
     return why
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What gc must leave in place: everything that a pair of the log may still be loaded from."""
+
+    checkpoints: frozenset[str]
+    """By name."""
+    candidates: frozenset[str]
+    """By folder."""
+    masks: frozenset[str]
+    """By path; a mask file outlives the candidate it was written with."""
+
+
+def kept(state: RunState) -> Kept:
+    """A pruned pair needs its base's checkpoint, and a later checkpoint the mask file of an earlier candidate."""
+    masks = (ref for pair in state.pairs for ref in (pair.masks, pair.baked))
+    return Kept(
+        checkpoints=frozenset(pair.checkpoint for pair in state.pairs),
+        candidates=frozenset(pair.candidate for pair in state.pairs if pair.candidate is not None),
+        masks=frozenset(ref.path for ref in masks if ref is not None),
+    )
 
 
 _RULES: dict[Kind, Callable[[RunState, Draft], Refusal]] = {
