@@ -67,7 +67,13 @@ def channel_groups(
     try:
         reader = _Reader(model, forward, taken, tied)
     except Exception as error:
-        return [], [Declined(name="*", kind=Kind.CHANNEL, reason=f"the model cannot be traced: {error}")]
+        return [], [
+            Declined(
+                name="*",
+                kind=Kind.CHANNEL,
+                reason=f"torch-pruning cannot trace the model ({type(error).__name__}: {error})",
+            )
+        ]
     groups: list[Group] = []
     declined: list[Declined] = []
     for name, module in model.named_modules():
@@ -111,6 +117,9 @@ class _Reader:
         )
         for hook in hooks:
             hook.remove()
+        for node in list(self.graph.module2node.values()):
+            if node.type == OP.SPLIT:
+                _map_split(node)
 
     def _count(self, module: nn.Module, *_: Any) -> None:
         self.calls[module] = self.calls.get(module, 0) + 1
@@ -156,8 +165,9 @@ class _Reader:
     def _check(self, items: Any, root: str) -> None:
         """Refuse what a group may not pass through; where it is refused, its producers are not asked again."""
         try:
-            for item in items:
-                self._check_node(item.dep.target, self._inputs(item))
+            for check in (self._check_kind, self._check_layer, self._check_operation):  # the plainest reason first
+                for item in items:
+                    check(item.dep.target, self._inputs(item))
         except _Refused:
             for item in items:
                 module = item.dep.target.module
@@ -170,17 +180,19 @@ class _Reader:
         kind = item.dep.target.type
         return kind in (OP.CONV, OP.LINEAR) and not self.graph.is_out_channel_pruning_fn(item.dep.handler)
 
-    def _check_node(self, node: Any, inputs: bool) -> None:
+    def _check_kind(self, node: Any, _: bool) -> None:
         module, name = node.module, self.names.get(node.module, "")
         if node.type in REFUSED:
             raise _Refused(REFUSED[node.type] + (f" ({name})" if name else ""))
         if node.type == OP.PARAMETER:
-            owner = self.graph._param_to_name[module].rpartition(".")[0]
+            parameter = self.graph._param_to_name[module]
+            owner = parameter.rpartition(".")[0]
             if "norm" in type(self.modules[owner]).__name__.lower():
                 raise _Refused(f"{owner} normalises over the masked axis, so masking is not removing")
-            raise _Refused(f"the bare parameter {self.graph._param_to_name[module]} takes part in an unknown way")
-        if node.type == OP.ELEMENTWISE and name == "":
-            self._check_operation(node)
+            raise _Refused(f"the bare parameter {parameter} takes part in an unknown way")
+
+    def _check_layer(self, node: Any, inputs: bool) -> None:
+        module, name = node.module, self.names.get(node.module, "")
         weights = [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)] if name else []
         if weights and self.calls.get(module, 0) > 1:
             raise _Refused(f"{name} is used {self.calls[module]} times in one pass")
@@ -201,7 +213,9 @@ class _Reader:
         if (f"{name}.weight", int(inputs) ^ int(isinstance(module, _ConvTransposeNd))) in self.taken:
             raise _Refused(f"{name} belongs to a declared group")
 
-    def _check_operation(self, node: Any) -> None:
+    def _check_operation(self, node: Any, _: bool) -> None:
+        if node.type != OP.ELEMENTWISE or node.module in self.names:
+            return
         function = node.grad_fn
         operation = function.name().rsplit("::", 1)[-1].partition("Backward")[0] if function is not None else "Unknown"
         if operation in ("Addmm", "Mm") and any(out.type == OP.LINEAR for out in [*node.outputs, *node.inputs]):
@@ -212,7 +226,7 @@ class _Reader:
             rank = len(function._saved_self_sym_sizes)
             channel = 1 if rank in (2, 4, 5) else rank - 1
             dims = function._saved_dim
-            axes = {(d if d < rank else d - 2**64) % rank for d in ([dims] if isinstance(dims, int) else dims)}
+            axes = {_axis(dim, rank) for dim in ([dims] if isinstance(dims, int) else dims)}
             if channel in axes and not (rank == 4 and axes == {1, 2}):
                 raise _Refused(f"{operation} is taken over the units, so masking is not removing")
 
@@ -335,6 +349,34 @@ class _Reader:
             else:
                 stack += at.outputs
         return layers, right_after
+
+
+def _map_split(split: Any) -> None:
+    """Map a split's outputs by their own number: torch-pruning takes the order in which it met them, which differs."""
+    function, sizes = split.grad_fn, split.grad_fn._saved_self_sym_sizes
+    split.enable_index_mapping = False  # or it maps them again for every group
+    rank = len(sizes)
+    dim = _axis(function._saved_dim, rank)
+    if dim == 0 or (rank > 3 and dim != 1):
+        return
+    parts = list(getattr(function, "_saved_split_sizes", None) or [])
+    if not parts:
+        size = function._saved_split_size
+        parts = [min(size, sizes[dim] - at) for at in range(0, sizes[dim], size)]
+    edges = [0, *itertools.accumulate(parts)]
+    for out in set(split.outputs):
+        numbers = [number for function_, number in out.grad_fn.next_functions if function_ is function]
+        there = [dep for dep in split.dependencies if dep.target is out]
+        back = [dep for dep in out.dependencies if dep.target is split]
+        for number, to, fro in zip(numbers, there, back, strict=False):
+            offset = edges[number : number + 2]
+            to.index_mapping[0] = tp.dependency.index_mapping._SplitIndexMapping(offset=offset, reverse=False)
+            fro.index_mapping[0] = tp.dependency.index_mapping._SplitIndexMapping(offset=offset, reverse=True)
+
+
+def _axis(dim: int, rank: int) -> int:
+    """Autograd shows a negative axis as an unsigned number of 64 bits."""
+    return (dim if dim < rank else dim - 2**64) % rank
 
 
 def _rows(module: nn.Module) -> int:

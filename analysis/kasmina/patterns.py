@@ -60,15 +60,15 @@ class LayerPattern:
 
 
 HEADS: tuple[HeadPattern, ...] = (
-    # BERT, RoBERTa, ELECTRA; then ViT as transformers writes it
+    # BERT, RoBERTa, ELECTRA; then ViT as older versions of transformers write it
     HeadPattern("attention.output.dense", "attention.self.query", "attention.self.key", "attention.self.value"),
     HeadPattern(
         "attention.output.dense", "attention.attention.query", "attention.attention.key", "attention.attention.value"
     ),
     HeadPattern("attention.out_lin", "attention.q_lin", "attention.k_lin", "attention.v_lin"),  # DistilBERT
-    # Llama, Mistral, Qwen, Gemma; then OPT, BART, Whisper
-    HeadPattern("self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    HeadPattern("self_attn.out_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    # Llama, Mistral, Qwen, Gemma, ViT; then OPT, BART, Whisper, CLIP
+    HeadPattern("o_proj", "q_proj", "k_proj", "v_proj"),
+    HeadPattern("out_proj", "q_proj", "k_proj", "v_proj"),
     HeadPattern("self_attn.o_proj", fused="self_attn.qkv_proj"),  # Phi-3
     HeadPattern("attn.c_proj", fused="attn.c_attn", transposed=True),  # GPT-2
     # GPT-NeoX, Pythia; then BLOOM

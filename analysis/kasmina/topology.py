@@ -43,21 +43,21 @@ def trace_topology(
         clone = _clone(model)
         forward = _forward(example_inputs)
         parameters = _parameters(clone, model_id, _domains(seeds))
-        tied = {name for first, p in parameters.items() if p.aliases for name in (first, *p.aliases)}
+        tied = _tied(clone)
         told = Declaration(clone, tied)
         told.heads(HEADS if heads == "auto" else heads, attention_modules=heads == "auto")
         told.mlps()
         if layers != "none":
             told.layers(LAYERS if layers == "auto" else layers)
         channels, declined = channel_groups(clone, forward, taken=told.taken, tied=tied)
-        found, crossing = _within_domains([*told.groups, *channels], parameters)
-        held, failed = Trial(clone, forward).check(found, declared_nonzero)
+        tried, failed = Trial(clone, forward).check([*told.groups, *channels], declared_nonzero)
+    groups, crossing = _within_domains([_canonical(group) for group in tried], parameters)
     order = {name: at for at, name in enumerate(parameters)}
     return Topology(
         model_id=model_id,
         parameters=parameters,
-        groups=tuple(sorted(held, key=lambda group: order[group.members[0].parameter])),
-        declined=(*told.declined, *declined, *crossing, *failed),
+        groups=tuple(sorted(groups, key=lambda group: order[group.members[0].parameter])),
+        declined=(*told.declined, *declined, *failed, *crossing),
     )
 
 
@@ -69,9 +69,10 @@ def _clone(model: nn.Module) -> nn.Module:
     """A copy in eval mode without wrappers, hooks or gradients, whose parameters all take part in autograd."""
     while (inner := _unwrapped(model)) is not model:
         model = inner
-    # Gradients are as large as the model and of no use here, and copy.deepcopy would copy them.
-    memo: dict[int, Any] = {id(p.grad): None for p in model.parameters() if p.grad is not None}
-    clone = copy.deepcopy(model, memo).eval()
+    try:
+        clone = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot be copied for tracing: {error}; detach the tensors it keeps") from error
     for parent in list(clone.modules()):
         for name, child in list(parent.named_children()):
             if (inner := _unwrapped(child)) is not child:
@@ -82,7 +83,6 @@ def _clone(model: nn.Module) -> nn.Module:
         module._forward_hooks_with_kwargs.clear()
         module._forward_pre_hooks_with_kwargs.clear()
     for parameter in clone.parameters():
-        parameter.grad = None
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return clone
@@ -138,6 +138,26 @@ def _parameters(model: nn.Module, model_id: str, domain: Callable[[str], str]) -
             uuid=parameter_uuid(first, shape, model_id), shape=shape, domain=domain(first), aliases=tuple(aliases)
         )
     return found
+
+
+def _tied(model: nn.Module) -> set[str]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
+
+
+def _canonical(group: Group) -> Group:
+    """The group with canonical names: they differ from the copy's where the model's outermost child is `module`."""
+    kind, _, name = group.id.rpartition(":")
+    return group.model_copy(
+        update={
+            "id": f"{kind}:{canonical_name(name)}" if kind else canonical_name(name),
+            "members": tuple(m.model_copy(update={"parameter": canonical_name(m.parameter)}) for m in group.members),
+            "gates": tuple(canonical_name(f"{gate}.").removesuffix(".") for gate in group.gates),
+            "upstream": tuple(canonical_name(name) for name in group.upstream),
+        }
+    )
 
 
 def _within_domains(groups: Sequence[Group], parameters: Mapping[str, Parameter]) -> tuple[list[Group], list[Declined]]:

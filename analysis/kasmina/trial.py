@@ -116,22 +116,32 @@ class Trial:
         """Whether a change of the block's input, of its output's shape, still reaches its output."""
         runs: list[tuple[Tensor, Tensor]] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        def change(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             values = [*args, *kwargs.values()]
             at = next((i for i, v in enumerate(values) if isinstance(v, Tensor) and v.is_floating_point()), None)
-            if at is None or runs:
-                return
-            runs.append((values[at], _first(out)))
-            values[at] = values[at] * 1.5 + 0.5
-            again = module(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
-            runs.append((values[at], _first(again)))
+            if at is not None and runs:  # the second pass; the first one sees the input as it is
+                values[at] = values[at] * 1.5 + 0.5
+            return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
-        hook = self.model.get_submodule(block).register_forward_hook(keep, with_kwargs=True)
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            values = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+            if (given := next(values, None)) is not None:
+                runs.append((given, out[0] if isinstance(out, tuple) else out))
+
+        module = self.model.get_submodule(block)
+        hooks = [
+            module.register_forward_pre_hook(change, with_kwargs=True),
+            module.register_forward_hook(keep, with_kwargs=True),
+        ]
         try:
             self.output()
+            self.output()
         finally:
-            hook.remove()
-        return bool(runs) and runs[0][0].shape == runs[0][1].shape and not torch.equal(runs[0][1], runs[1][1])
+            for hook in hooks:
+                hook.remove()
+        return bool(runs) and runs[0][0].shape == runs[0][1].shape and not torch.equal(runs[0][1], runs[-1][1])
 
     def _places(self, groups: Iterable[Group], pruned: Mapping[str, Bits], roles: Collection[str]) -> dict[str, Tensor]:
         """Parameter -> where it is pruned by members of these roles."""
@@ -164,11 +174,6 @@ class Trial:
         with torch.no_grad():
             for name, old in before.items():
                 self.parameters[name].copy_(old)
-
-
-def _first(out: Any) -> Tensor:
-    found: Tensor = out[0] if isinstance(out, tuple) else out
-    return found
 
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
