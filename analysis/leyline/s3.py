@@ -391,7 +391,8 @@ def _client(
     `environment` holds the AWS variables, which boto3 reads by itself: other credentials, another client.
     """
     variables = dict(environment)
-    if ca_bundle and not Path(ca_bundle).is_file():
+    ca_bundle = ca_bundle or variables.get("AWS_CA_BUNDLE")
+    if ca_bundle and not Path(ca_bundle).exists():
         raise StoreError(f"{ca_bundle} does not exist; the CA bundle must be a PEM file")
     endpoint = endpoint or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
     session = boto3.session.Session()
