@@ -1,184 +1,131 @@
-"""Small models, one for each way that parameters hang together."""
+"""Builders of small topologies and of what the control plane reads of them."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from emrakul.settings import Settings
+from emrakul.strategy.requests import Subject
+from leyline.digest import digest_bytes
+from leyline.ids import parameter_uuid
+from leyline.messages import CheckpointMetadata, ImportanceStats, StoredObject
+from leyline.topology import HOST, Group, Kind, Member, Parameter, Topology
 
-_DIGITS = Path(__file__).parent.parent / "examples" / "digits_model.py"
-_spec = importlib.util.spec_from_file_location("digits_model", _DIGITS)
-assert _spec and _spec.loader
-_digits = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_digits)
-ResNet = _digits.ResNet
-"""The demo's model: 174,970 parameters, 224 inner and 112 residual channels, four removable branches."""
+MODEL = "model"
 
 
-class SmallCNN(nn.Module):
-    """Convolutions, one with a norm and one with a bias, then flatten: a channel is 49 columns of `fc`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.second = nn.Conv2d(6, 8, 3, padding=1)
-        self.fc = nn.Linear(8 * 49, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
-        x = F.max_pool2d(F.relu(self.second(x)), 2)
-        return self.fc(torch.flatten(x, 1))
+def parameter(name: str, *shape: int, domain: str = HOST, aliases: tuple[str, ...] = ()) -> Parameter:
+    return Parameter(uuid=parameter_uuid(name, shape, MODEL), shape=shape, domain=domain, aliases=aliases)
 
 
-class Depthwise(nn.Module):
-    """Expand, depthwise, project."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.expand, self.norm1 = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
-        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
-        self.project = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu6(self.norm1(self.expand(x)))
-        x = F.relu6(self.norm2(self.depthwise(x)))
-        return self.project(x).mean((2, 3))
-
-
-class Grouped(nn.Module):
-    """A grouped convolution between two plain ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 1)
-        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
-        self.last = nn.Conv2d(12, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.grouped(F.relu(self.first(x))))).mean((2, 3))
-
-
-class Concat(nn.Module):
-    """Dense connections: norms and convolutions over what came before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.norm1, self.conv1 = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1)
-        self.norm2, self.conv2 = nn.BatchNorm2d(10), nn.Conv2d(10, 4, 3, padding=1)
-        self.fc = nn.Linear(14, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.cat([x, self.conv1(F.relu(self.norm1(x)))], 1)
-        x = torch.cat([x, self.conv2(F.relu(self.norm2(x)))], 1)
-        return self.fc(F.relu(x).mean((2, 3)))
-
-
-class Split(nn.Module):
-    """The halves of a convolution's outputs go different ways."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 10, 3, padding=1)
-        self.left, self.right = nn.Conv2d(6, 4, 3), nn.Conv2d(4, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = torch.split(F.relu(self.stem(x)), [6, 4], 1)
-        return (self.left(a) + self.right(b)).mean((2, 3))
-
-
-class SqueezeExcite(nn.Module):
-    """A convolution whose channels are scaled by a small network of their means."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
-        self.last = nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x)))
-        scale = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
-        return self.last(x * scale[:, :, None, None]).mean((2, 3))
-
-
-class Chain(nn.Sequential):
-    """Linear layers with `between` in the middle."""
-
-    def __init__(self, *between: nn.Module, width: int = 8) -> None:
-        super().__init__(nn.Linear(6, width), *between, nn.Linear(width, 3))
-
-
-class Shuffle(nn.Module):
-    """Channels change places between convolutions: no offset or block says where they went."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.first(x))
-        n, c, h, w = x.shape
-        x = x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-        return self.last(x).mean((2, 3))
-
-
-class Attention(nn.Module):
-    """A transformer layer of torch.nn between two linear ones; `separate` keeps q, k and v weights apart."""
-
-    def __init__(self, separate: bool = False) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(5, 12), nn.Linear(12, 3)
-        self.attention = nn.MultiheadAttention(
-            12, 3, batch_first=True, kdim=5 if separate else None, vdim=5 if separate else None
+def chain(widths: Sequence[int], *, domain: str = HOST, prefix: str = "", rows: int = 4) -> Topology:
+    """Linear layers one after the other with a norm each: one channel group a width."""
+    parameters: dict[str, Parameter] = {}
+    groups = []
+    for index, width in enumerate(widths):
+        here, after = f"{prefix}fc{index}", f"{prefix}fc{index + 1}"
+        below = widths[index - 1] if index else rows
+        above = widths[index + 1] if index + 1 < len(widths) else rows
+        parameters[f"{here}.weight"] = parameter(f"{here}.weight", width, below, domain=domain)
+        parameters[f"{here}.norm"] = parameter(f"{here}.norm", width, domain=domain)
+        parameters[f"{after}.weight"] = parameter(f"{after}.weight", above, width, domain=domain)
+        members = (
+            Member(parameter=f"{here}.weight", role="producer", axis=0),
+            Member(parameter=f"{here}.norm", role="norm", axis=0),
+            Member(parameter=f"{after}.weight", role="consumer", axis=1),
         )
-        self.separate = separate
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.into(x)
-        given = x if self.separate else h
-        return self.out(h + self.attention(h, given, given, need_weights=False)[0])
+        groups.append(
+            Group(id=here, kind=Kind.CHANNEL, domain=domain, units=width, members=members, gates=(f"{here}.norm",))
+        )
+    return Topology(model_id=MODEL, parameters=parameters, groups=tuple(groups))
 
 
-class Encoder(nn.Module):
-    """torch.nn's own encoder layer, with LayerNorm after the additions."""
+def attention(layers: int, heads: int, *, width: int = 2, heads_per_unit: int = 1) -> Topology:
+    """Attention layers of `heads` units of `width`, value rows and output columns."""
+    parameters, groups = {}, []
+    for index in range(layers):
+        value, out = f"layer{index}.value", f"layer{index}.out"
+        parameters[value] = parameter(value, heads * width, 4)
+        parameters[out] = parameter(out, 4, heads * width)
+        members = (
+            Member(parameter=value, role="producer", axis=0, block=width),
+            Member(parameter=out, role="consumer", axis=1, block=width),
+        )
+        groups.append(
+            Group(
+                id=f"layer{index}",
+                kind=Kind.HEAD,
+                units=heads,
+                members=members,
+                gates=(out,),
+                heads_per_unit=heads_per_unit,
+            )
+        )
+    return Topology(model_id=MODEL, parameters=parameters, groups=tuple(groups))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
-        self.out = nn.Linear(12, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.layer(x).mean(1))
+def branches(count: int) -> Topology:
+    """Residual branches, each a layer group of one unit."""
+    parameters, groups = {}, []
+    for index in range(count):
+        closing = f"block{index}.closing"
+        parameters[closing] = parameter(closing, 4, 4)
+        member = Member(parameter=closing, role="producer", axis=0, block=4)
+        groups.append(Group(id=f"block{index}", kind=Kind.LAYER, units=1, members=(member,), gates=(f"block{index}",)))
+    return Topology(model_id=MODEL, parameters=parameters, groups=tuple(groups))
 
 
-def transformer(name: str, **changed: Any) -> nn.Module:
-    """A tiny model of the transformers library, with random weights: 'bert', 'gpt2', 'llama', 'qwen3' or 'gpt_neox'."""
-    import transformers as t
+def join(*parts: Topology) -> Topology:
+    parameters: dict[str, Parameter] = {}
+    for part in parts:
+        parameters |= part.parameters
+    return Topology(
+        model_id=MODEL, parameters=parameters, groups=tuple(group for part in parts for group in part.groups)
+    )
 
-    plain = {
-        "vocab_size": 40,
-        "num_hidden_layers": 2,
-        "hidden_size": 24,
-        "num_attention_heads": 4,
-        "intermediate_size": 32,
-        "max_position_embeddings": 16,
-    } | changed
-    kv = {"num_key_value_heads": 2, "head_dim": 6}
-    if name == "bert":
-        return t.BertForSequenceClassification(t.BertConfig(**plain, attn_implementation="eager"))
-    if name == "gpt2":
-        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=40, n_layer=2, n_embd=24, n_head=4, n_positions=16))
-    if name == "llama":
-        return t.LlamaForCausalLM(t.LlamaConfig(**(kv | plain)))
-    if name == "qwen3":
-        return t.Qwen3ForCausalLM(t.Qwen3Config(**(kv | plain)))
-    if name == "gpt_neox":
-        return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**plain))
-    raise ValueError(f"no tiny {name}")
+
+def statistics(**changes: object) -> ImportanceStats:
+    """2,000 tracked samples of the checkpoint 4000-1-00000000."""
+    known: Mapping[str, object] = {
+        "idempotency_key": "statistics",
+        "run_id": "run",
+        "checkpoint": "4000-1-00000000",
+        "step": 4000,
+        "source": "tracked",
+        "samples": 2000,
+        "sampled_steps": 400,
+        "last_step": 4000,
+    }
+    return ImportanceStats.model_validate({**known, **changes})
+
+
+def checkpoint(*, weights: bytes = b"weights", stats: ImportanceStats | None = None) -> CheckpointMetadata:
+    """READY.json of checkpoint 4000-1-00000000."""
+    content = {"model.safetensors": weights, "topology.json": b"topology", "importance.safetensors": b"importance"}
+    return CheckpointMetadata(
+        idempotency_key="4000-1-00000000",
+        run_id="run",
+        model_id=MODEL,
+        name="4000-1-00000000",
+        step=4000,
+        epoch=40,
+        term=1,
+        format="safetensors",
+        weights=("model.safetensors",),
+        topology="topology.json",
+        importance="importance.safetensors",
+        objects=tuple(StoredObject(path=path, digest=digest_bytes(data)) for path, data in content.items()),
+        num_params=1000,
+        num_bytes=4000,
+        statistics=stats or statistics(),
+    )
+
+
+def subject(topology: Topology, settings: Settings | None = None, *, weights: bytes = b"weights") -> Subject:
+    return Subject(
+        cycle="c3-0123456789",
+        checkpoint=checkpoint(weights=weights),
+        topology=topology,
+        inherited=None,
+        settings=settings or Settings(),
+    )

@@ -1,0 +1,1 @@
+"""How a cycle decides: requests, scores, evidence, budgets, the decision. Pure; nothing here reads or writes."""
