@@ -9,3 +9,5 @@ GAVE_UP = 43
 """One task has as many dead attempts as are allowed."""
 STORE = 75
 """The store refused or did not answer; trying again may help (sysexits' EX_TEMPFAIL)."""
+OUT_OF_MEMORY = 44
+"""An allocation failed under the memory limit; the next attempt uses half the buffer."""
