@@ -213,7 +213,7 @@ def make_run(
     )
     for path, data in objects.items():
         store.put_if_absent(layout.checkpoint(name, path), data)
-    store.put_if_absent(layout.checkpoint(name, layout.READY), seal_ready(metadata))
+    store.put_if_absent(layout.checkpoint(name, layout.READY), seal_ready(metadata, ()))
     return Run(store, metadata, topology, weights, slots or {})
 
 

@@ -71,6 +71,11 @@ def update(cycle: str, base: int) -> str:
     return on_base(cycle, base, "update.json")
 
 
+def apply_error(cycle: str, base: int) -> str:
+    """{"message": sentence}: why apply cannot work on this base; the first worker that noticed writes it."""
+    return on_base(cycle, base, "apply-error.json")
+
+
 def manifest(cycle: str, base: int) -> str:
     """The candidate's manifest, written last by apply: the candidate exists once it does."""
     return candidate(cycle, base, "MANIFEST.json")
@@ -82,3 +87,13 @@ def validation_request(cycle: str, base: int) -> str:
 
 def verdict(cycle: str, base: int) -> str:
     return on_base(cycle, base, "verdict.json")
+
+
+def validation_error(cycle: str, base: int) -> str:
+    """Why urabrask could not judge, {"message", "reason"}, beside its exit code 42: the input breaks a rule."""
+    return on_base(cycle, base, "validation-error.json")
+
+
+def validation_telemetry(cycle: str, base: int) -> str:
+    """Seconds that urabrask's parts took; outside every digest."""
+    return on_base(cycle, base, "validation-telemetry.json")
