@@ -1,0 +1,299 @@
+"""Drives one cycle: look, decide what is next, do it, until nothing is left. All I/O of the control plane is here.
+
+Every step may be done twice (two operators, a restart): what is written is deterministic and put-if-absent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Protocol
+
+from emrakul import schedule
+from emrakul.core import ending, plan
+from emrakul.core.plan import Plan, next_actions
+from emrakul.core.snapshot import Ask, Job, Phase, Snapshot
+from emrakul.finding import Finding
+from emrakul.observe import Observer
+from emrakul.scaling import workers
+from emrakul.settings import Settings
+from emrakul.strategy import analysis
+from leyline import layout
+from leyline.envelope import SigningKey, Trust
+from leyline.ids import cycle_name
+from leyline.log import Log, NotAllowed
+from leyline.messages import (
+    Candidate,
+    CheckpointUpdate,
+    Decision,
+    PruningValidationRequest,
+    Requests,
+    WorkLimits,
+)
+from leyline.model import key_of
+from leyline.records import Admit, Draft
+from leyline.store import ObjectStore
+
+LOOK_SECONDS = (0.05, 1.0)
+"""Between two looks, while workers run: from the first to the second, doubling. A look costs two listings."""
+
+
+class Runtime(Protocol):
+    """Who starts the workers."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(
+        self, phase: Phase, *, launch: int, step: int, workers: int, memory_bytes: int, now: datetime
+    ) -> None: ...
+
+    def jobs(self) -> tuple[Job, ...]: ...
+
+    def stop(self, phase: Phase | None = None) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What bounds the number of workers beside the settings."""
+
+    cores: int | None = None
+    """On one machine: never more workers than cores."""
+    override: int | None = None
+    """A person's number."""
+
+
+class Controller:
+    """One cycle, driven from wherever it stands to its end."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        log: Log,
+        ask: Ask,
+        runtime: Callable[[str], Runtime],
+        *,
+        trust: Trust | None = None,
+        scale: Scale = Scale(),  # noqa: B008  frozen
+        cycle: str | None = None,
+        forced: Decision | None = None,
+    ) -> None:
+        """`runtime` makes the runtime for a cycle URI. `cycle` is only given to try an ended one again."""
+        self.cycle = cycle or name_of(ask)
+        self._store = store
+        self._log = log
+        self._ask = ask
+        self._forced = forced
+        self._scale = scale
+        self._observer = Observer(store, log, self.cycle, trust=trust)
+        self._runtime = runtime(f"{store.uri}/cycles/{self.cycle}")
+
+    def step(self) -> tuple[Snapshot, Plan]:
+        """One look, and everything that it asks for. The plan says whether there is more to do, and when."""
+        snapshot, now = self._observer.look(self._ask, jobs=self._runtime.jobs())
+        if snapshot.admitted is not None:
+            ask = frozen(self._ask, snapshot.admitted.body)
+            if ask != self._ask:  # somebody admitted it before: their settings count
+                self._ask = ask
+                snapshot = replace(snapshot, ask=ask)
+        todo = next_actions(snapshot, now)
+        for action in todo.actions:
+            try:
+                self._do(action, snapshot, now)
+            except NotAllowed:
+                break  # the log moved on; look again
+        return snapshot, todo
+
+    def run(self, *, watch: Callable[[Snapshot, Plan], None] = lambda _s, _p: None) -> Snapshot:
+        """Until the cycle has ended. `watch` sees every look. Workers are stopped however this ends."""
+        shortest, longest = LOOK_SECONDS
+        pause = shortest
+        try:
+            while True:
+                snapshot, todo = self.step()
+                watch(snapshot, todo)
+                if todo.done:
+                    return snapshot
+                if todo.actions:
+                    pause = shortest
+                    continue
+                time.sleep(min(pause, todo.wait.total_seconds() if todo.wait else pause))
+                pause = min(2 * pause, longest)
+        finally:
+            self._runtime.stop()
+
+    # --- actions -------------------------------------------------------------------------------------------------------
+
+    def _do(self, action: plan.Action, s: Snapshot, now: datetime) -> None:
+        match action:
+            case plan.Admit():
+                self._admit(s)
+            case plan.Cut(method=method):
+                self._cut(s, method)
+            case plan.Decide(method=method, fallback=fallback):
+                self._decide(s, method, fallback)
+            case plan.Update(base=base):
+                self._update(s, base)
+            case plan.AskValidation(base=base):
+                self._ask_validation(s, base)
+            case plan.Launch(phase=phase, launch=launch, step=step):
+                self._launch(s, phase, launch, step, now)
+            case plan.Stop(phase=phase):
+                self._runtime.stop(phase)
+            case plan.Commit(base=base):
+                self._append(ending.prune(s, self._candidate(base)), s)
+            case plan.End(finding=finding):
+                self._append(ending.outcome(s, finding), s)
+            case plan.Abandon(finding=finding):
+                self._abandon(s, finding)
+            case plan.Tell():
+                assert s.end is not None
+                told = ending.results(s, s.end, run=s.state.run_id)
+                self._store.put_if_absent(layout.results(s.cycle), told.canonical())
+
+    def _admit(self, s: Snapshot) -> None:
+        assert s.pair is not None
+        stage = schedule.stage_for(
+            epoch=s.pair.epoch,
+            ladder=s.state.ladder,
+            breaker=s.state.breaker,
+            hold=s.state.hold,
+            cap=s.ask.stage_cap,
+            settings=s.ask.settings,
+        )
+        if self._forced is not None:
+            self._store.put_if_absent(layout.forced(s.cycle), self._forced.canonical())
+        self._log.append(ending.admit(s.cycle, s.ask, stage=stage, checkpoint=s.pair.checkpoint), base=s.ask.base)
+
+    def _cut(self, s: Snapshot, method: analysis.Method) -> None:
+        subject = self._subject(s)
+        requests = analysis.requests(subject, method, stage=s.stage, observer=self._observer, rate=self._rate(s))
+        content = Requests(requests=requests, limits=limits(s.ask.settings))
+        self._store.put_if_absent(layout.requests(s.cycle, analysis.ROUND[method]), content.canonical())
+
+    def _decide(self, s: Snapshot, method: str, fallback: str) -> None:
+        decision = analysis.decide(
+            self._subject(s),
+            s,
+            method=method,
+            fallback=fallback,
+            observer=self._observer,
+            rate=self._rate(s),
+        )
+        self._store.put_if_absent(layout.decision(s.cycle), decision.canonical())
+
+    def _update(self, s: Snapshot, base: int) -> None:
+        pair = s.state.pair(base)
+        assert pair is not None
+        update = CheckpointUpdate(
+            idempotency_key=key_of(cycle=s.cycle, base=base, decision=self._observer.digest(layout.decision(s.cycle))),
+            cycle=s.cycle,
+            base=base,
+            checkpoint=pair.checkpoint,
+            decision=self._observer.digest(layout.decision(s.cycle)),
+            inherited=pair.masks,
+            limits=limits(s.ask.settings),
+        )
+        self._store.put_if_absent(layout.update(s.cycle, base), update.canonical())
+
+    def _ask_validation(self, s: Snapshot, base: int) -> None:
+        pair = s.state.pair(base)
+        assert pair is not None
+        constraints = s.ask.settings.constraints
+        baseline = s.state.pair(s.state.baseline) if s.state.baseline is not None else None
+        metadata, _, _ = self._observer.checkpoint(pair.checkpoint)
+        unmasked = metadata is not None and metadata.baked is None
+        candidate = self._observer.digest(layout.manifest(s.cycle, base))
+        request = PruningValidationRequest(
+            idempotency_key=key_of(cycle=s.cycle, base=base, candidate=candidate),
+            cycle=s.cycle,
+            base=base,
+            checkpoint=pair.checkpoint,
+            inherited=pair.masks,
+            candidate=candidate,
+            # weights that never carried a mask are their own unmasked reference
+            reference=pair.checkpoint if unmasked else None,
+            baseline=baseline.checkpoint if baseline else None,
+            accuracy_drop=float(constraints.accuracy_drop_threshold),
+            cumulative_drop=float(constraints.cumulative_accuracy_drop),
+            min_channel_retention=float(constraints.min_channel_retention),
+            min_attention_heads=constraints.min_attention_heads,
+            max_layer_removal=float(constraints.max_layer_removal),
+        )
+        self._store.put_if_absent(layout.validation_request(s.cycle, base), request.canonical())
+
+    def _launch(self, s: Snapshot, phase: Phase, launch: int, step: int, now: datetime) -> None:
+        settings = s.ask.settings
+        pieces = 1
+        if phase is Phase.ANALYSE:
+            pieces = len(self._observer.requests(step).requests)
+        elif phase is Phase.APPLY and s.ready is not None:
+            pieces = max(1, sum(len(stored.digest.chunks) for stored in s.ready.objects))
+        count = 1
+        if phase is not Phase.VALIDATE:
+            count = workers(
+                settings,
+                s.ready.num_params if s.ready else 0,
+                pieces,
+                cores=self._scale.cores,
+                override=self._scale.override,
+            )
+        memory = settings.validation_memory_limit if phase is Phase.VALIDATE else settings.analysis_memory_limit
+        self._runtime.start(phase, launch=launch, step=step, workers=count, memory_bytes=memory, now=now)
+
+    def _abandon(self, s: Snapshot, finding: Finding) -> None:
+        live = s.state.live
+        if live is not None:
+            self._log.append(ending.abandoned(s.state, finding), base=live.admitted)
+
+    def _append(self, draft: Draft, s: Snapshot) -> None:
+        self._log.append(draft, base=s.ask.base)
+
+    def _candidate(self, base: int) -> Candidate:
+        key = layout.manifest(self.cycle, base)
+        return Candidate.parse(self._store.get(key), name=key)
+
+    def _subject(self, s: Snapshot) -> analysis.Subject:
+        assert s.ready is not None and s.pair is not None
+        return analysis.Subject(
+            cycle=s.cycle,
+            checkpoint=s.ready,
+            topology=self._observer.topology(s.ready),
+            inherited=s.pair.masks,
+            settings=s.ask.settings,
+        )
+
+    def _rate(self, s: Snapshot) -> float:
+        return s.ask.rate_factor
+
+
+def name_of(ask: Ask) -> str:
+    """The cycle's name: base, the settings that can change which units go, and the decision that is forced."""
+    digest = ask.settings.digest()
+    return cycle_name(ask.base, key_of(settings=digest, forced=ask.forced) if ask.forced else digest)
+
+
+def frozen(ask: Ask, admitted: object) -> Ask:
+    """What was admitted, whatever this process was asked for."""
+    assert isinstance(admitted, Admit)
+    return replace(
+        ask,
+        base=admitted.base,
+        settings=Settings.model_validate(admitted.settings),
+        guidance=admitted.guidance,
+        forced=admitted.forced,
+    )
+
+
+def limits(settings: Settings) -> WorkLimits:
+    """What workers need to know of the settings."""
+    return WorkLimits(
+        threads=settings.importance_aggregation_threads,
+        memory_bytes=settings.analysis_memory_limit,
+        replicas=settings.replicas,
+    )
+
+
+__all__ = ["Controller", "Runtime", "Scale", "SigningKey", "name_of"]

@@ -1,0 +1,18 @@
+"""The workers' commands, the same for every runtime. Pure."""
+
+from __future__ import annotations
+
+from emrakul.core.snapshot import Phase
+
+
+def command(phase: Phase, *, cycle_uri: str, step: int, launch: int, worker: int, of: int) -> tuple[str, ...]:
+    """Arguments after the interpreter for one worker; `step` is the round (analyse) or the base."""
+    common = ("--cycle", cycle_uri, "--launch", str(launch))
+    share = ("--worker", str(worker), "--of", str(of))
+    match phase:
+        case Phase.ANALYSE:
+            return ("-m", "elesh", *common, "--round", str(step), *share)
+        case Phase.APPLY:
+            return ("-m", "kasmina.apply", *common, "--base", str(step), *share)
+        case Phase.VALIDATE:
+            return ("-m", "urabrask", *common, "--base", str(step))
