@@ -112,14 +112,11 @@ class _Reader:
         self.calls: dict[nn.Module, int] = {}
         hooks = [module.register_forward_hook(self._count) for module in model.modules()]
         # `* 1` gives every output a node of its own, so that layers whose result is an output are seen as such.
-        self.graph = tp.DependencyGraph().build_dependency(
+        self.graph = _Graph().build_dependency(
             model, None, forward_fn=lambda m, _: [out * 1 for out in forward(m)], verbose=False
         )
         for hook in hooks:
             hook.remove()
-        for node in list(self.graph.module2node.values()):
-            if node.type == OP.SPLIT:
-                _map_split(node)
 
     def _count(self, module: nn.Module, *_: Any) -> None:
         self.calls[module] = self.calls.get(module, 0) + 1
@@ -351,27 +348,48 @@ class _Reader:
         return layers, right_after
 
 
-def _map_split(split: Any) -> None:
-    """Map a split's outputs by their own number: torch-pruning takes the order in which it met them, which differs."""
-    function, sizes = split.grad_fn, split.grad_fn._saved_self_sym_sizes
-    split.enable_index_mapping = False  # or it maps them again for every group
-    rank = len(sizes)
-    dim = _axis(function._saved_dim, rank)
-    if dim == 0 or (rank > 3 and dim != 1):
-        return
-    parts = list(getattr(function, "_saved_split_sizes", None) or [])
-    if not parts:
-        size = function._saved_split_size
-        parts = [min(size, sizes[dim] - at) for at in range(0, sizes[dim], size)]
-    edges = [0, *itertools.accumulate(parts)]
-    for out in set(split.outputs):
-        numbers = [number for function_, number in out.grad_fn.next_functions if function_ is function]
-        there = [dep for dep in split.dependencies if dep.target is out]
-        back = [dep for dep in out.dependencies if dep.target is split]
-        for number, to, fro in zip(numbers, there, back, strict=False):
-            offset = edges[number : number + 2]
-            to.index_mapping[0] = tp.dependency.index_mapping._SplitIndexMapping(offset=offset, reverse=False)
-            fro.index_mapping[0] = tp.dependency.index_mapping._SplitIndexMapping(offset=offset, reverse=True)
+class _Split:
+    """What a split's autograd node says, in the words torch-pruning looks for (it knows no split of one size)."""
+
+    def __init__(self, function: Any, outputs: list[Any]) -> None:
+        self.function = function
+        sizes = function._saved_self_sym_sizes
+        dim = _axis(function._saved_dim, len(sizes))
+        parts = list(getattr(function, "_saved_split_sizes", ()))
+        if not parts:
+            size = function._saved_split_size
+            parts = [min(size, sizes[dim] - at) for at in range(0, sizes[dim], size)]
+        self.edges = [0, *itertools.accumulate(parts)]
+        self.numbers = [[n for f, n in out.grad_fn.next_functions if f is function] for out in outputs]
+        self._saved_split_sizes = [parts[numbers[0]] if numbers else sizes[dim] for numbers in self.numbers]
+        self._saved_dim = 1 if dim == 1 or (dim, len(sizes)) == (2, 3) else 0
+        self._saved_self_sym_sizes = sizes
+
+    def name(self) -> str:
+        return "SplitBackward0"
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """torch-pruning's graph, with a split's outputs mapped by their own number, not by the order of their discovery."""
+
+    def _build_dependency(self, module2node: Any) -> None:
+        super()._build_dependency(module2node)
+        for node in module2node.values():
+            if node.type != OP.SPLIT:
+                continue
+            node.enable_index_mapping = False  # or it is mapped again, by discovery
+            split = node.grad_fn = _Split(node.grad_fn, node.outputs)
+            if split._saved_dim != 1:
+                node.module.split_sizes = [None] * len(node.outputs)  # of another axis: says nothing of channels
+                continue
+            mapping = tp.dependency.index_mapping._SplitIndexMapping
+            for out, numbers in zip(node.outputs, split.numbers, strict=True):
+                there = [dep for dep in node.dependencies if dep.target is out]
+                back = [dep for dep in out.dependencies if dep.target is node]
+                for number, to, fro in zip(numbers, there, back, strict=False):
+                    offset = split.edges[number : number + 2]
+                    to.index_mapping[0] = mapping(offset=offset, reverse=False)
+                    fro.index_mapping[0] = mapping(offset=offset, reverse=True)
 
 
 def _axis(dim: int, rank: int) -> int:

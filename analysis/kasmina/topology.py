@@ -53,11 +53,12 @@ def trace_topology(
         tried, failed = Trial(clone, forward).check([*told.groups, *channels], declared_nonzero)
     groups, crossing = _within_domains([_canonical(group) for group in tried], parameters)
     order = {name: at for at, name in enumerate(parameters)}
+    refused = [d.model_copy(update={"name": _canonical_id(d.name)}) for d in (*told.declined, *declined, *failed)]
     return Topology(
         model_id=model_id,
         parameters=parameters,
         groups=tuple(sorted(groups, key=lambda group: order[group.members[0].parameter])),
-        declined=(*told.declined, *declined, *failed, *crossing),
+        declined=(*refused, *crossing),
     )
 
 
@@ -149,15 +150,19 @@ def _tied(model: nn.Module) -> set[str]:
 
 def _canonical(group: Group) -> Group:
     """The group with canonical names: they differ from the copy's where the model's outermost child is `module`."""
-    kind, _, name = group.id.rpartition(":")
     return group.model_copy(
         update={
-            "id": f"{kind}:{canonical_name(name)}" if kind else canonical_name(name),
+            "id": _canonical_id(group.id),
             "members": tuple(m.model_copy(update={"parameter": canonical_name(m.parameter)}) for m in group.members),
             "gates": tuple(canonical_name(f"{gate}.").removesuffix(".") for gate in group.gates),
             "upstream": tuple(canonical_name(name) for name in group.upstream),
         }
     )
+
+
+def _canonical_id(id_: str) -> str:
+    kind, colon, name = id_.rpartition(":")
+    return kind + colon + canonical_name(name)
 
 
 def _within_domains(groups: Sequence[Group], parameters: Mapping[str, Parameter]) -> tuple[list[Group], list[Declined]]:
