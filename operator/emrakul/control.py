@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
-from emrakul import schedule
+from emrakul import analysis, schedule
 from emrakul.core import ending, plan
 from emrakul.core.plan import Plan, next_actions
 from emrakul.core.snapshot import Ask, Job, Phase, Snapshot
@@ -19,9 +19,9 @@ from emrakul.finding import Finding
 from emrakul.observe import Observer
 from emrakul.scaling import workers
 from emrakul.settings import Settings
-from emrakul.strategy import analysis
+from emrakul.strategy.requests import ROUND, Method
 from leyline import layout
-from leyline.envelope import SigningKey, Trust
+from leyline.envelope import Trust
 from leyline.ids import cycle_name
 from leyline.log import Log, NotAllowed
 from leyline.messages import (
@@ -76,7 +76,7 @@ class Controller:
         runtime: Callable[[str], Runtime],
         *,
         trust: Trust | None = None,
-        scale: Scale = Scale(),  # noqa: B008  frozen
+        scale: Scale = Scale(),
         cycle: str | None = None,
         forced: Decision | None = None,
     ) -> None:
@@ -124,7 +124,7 @@ class Controller:
         finally:
             self._runtime.stop()
 
-    # --- actions -------------------------------------------------------------------------------------------------------
+    # --- actions ---
 
     def _do(self, action: plan.Action, s: Snapshot, now: datetime) -> None:
         match action:
@@ -167,21 +167,13 @@ class Controller:
             self._store.put_if_absent(layout.forced(s.cycle), self._forced.canonical())
         self._log.append(ending.admit(s.cycle, s.ask, stage=stage, checkpoint=s.pair.checkpoint), base=s.ask.base)
 
-    def _cut(self, s: Snapshot, method: analysis.Method) -> None:
-        subject = self._subject(s)
-        requests = analysis.requests(subject, method, stage=s.stage, observer=self._observer, rate=self._rate(s))
+    def _cut(self, s: Snapshot, method: Method) -> None:
+        requests = analysis.cut(s, self._observer, method)
         content = Requests(requests=requests, limits=limits(s.ask.settings))
-        self._store.put_if_absent(layout.requests(s.cycle, analysis.ROUND[method]), content.canonical())
+        self._store.put_if_absent(layout.requests(s.cycle, ROUND[method]), content.canonical())
 
     def _decide(self, s: Snapshot, method: str, fallback: str) -> None:
-        decision = analysis.decide(
-            self._subject(s),
-            s,
-            method=method,
-            fallback=fallback,
-            observer=self._observer,
-            rate=self._rate(s),
-        )
+        decision = analysis.conclude(s, self._observer, method=method, fallback=fallback)
         self._store.put_if_absent(layout.decision(s.cycle), decision.canonical())
 
     def _update(self, s: Snapshot, base: int) -> None:
@@ -235,8 +227,8 @@ class Controller:
         if phase is not Phase.VALIDATE:
             count = workers(
                 settings,
-                s.ready.num_params if s.ready else 0,
-                pieces,
+                num_params=s.ready.num_params if s.ready else 0,
+                requests=pieces,
                 cores=self._scale.cores,
                 override=self._scale.override,
             )
@@ -254,19 +246,6 @@ class Controller:
     def _candidate(self, base: int) -> Candidate:
         key = layout.manifest(self.cycle, base)
         return Candidate.parse(self._store.get(key), name=key)
-
-    def _subject(self, s: Snapshot) -> analysis.Subject:
-        assert s.ready is not None and s.pair is not None
-        return analysis.Subject(
-            cycle=s.cycle,
-            checkpoint=s.ready,
-            topology=self._observer.topology(s.ready),
-            inherited=s.pair.masks,
-            settings=s.ask.settings,
-        )
-
-    def _rate(self, s: Snapshot) -> float:
-        return s.ask.rate_factor
 
 
 def name_of(ask: Ask) -> str:
@@ -294,6 +273,3 @@ def limits(settings: Settings) -> WorkLimits:
         memory_bytes=settings.analysis_memory_limit,
         replicas=settings.replicas,
     )
-
-
-__all__ = ["Controller", "Runtime", "Scale", "SigningKey", "name_of"]

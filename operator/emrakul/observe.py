@@ -89,7 +89,7 @@ class Observer:
             now,
         )
 
-    # --- what else the edges need, read the same way -------------------------------------------------------------------
+    # --- what else the edges need, read the same way ---
 
     def checkpoint(self, name: str) -> tuple[CheckpointMetadata | None, int, Finding | None]:
         """READY of a checkpoint, its number of groups, and why it cannot be used, if it cannot."""
@@ -106,7 +106,7 @@ class Observer:
     def decision(self) -> Decision:
         return self._read(("decision",))  # type: ignore[return-value]
 
-    def answers(self, round_: int) -> tuple[answers.Answer, ...]:
+    def counted(self, round_: int) -> tuple[answers.Answer, ...]:
         """The answer that counts for every request of a round, in the requests' order."""
         found = []
         wanted = self.requests(round_)
@@ -124,7 +124,7 @@ class Observer:
             self._digests[key] = sha256_hex(self.store.get(key))
         return self._digests[key]
 
-    # --- details --------------------------------------------------------------------------------------------------------
+    # --- details ---
 
     def _exists(self, key: str) -> bool:
         try:

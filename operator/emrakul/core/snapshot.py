@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from fractions import Fraction
 
 from emrakul.finding import Finding
 from emrakul.settings import Settings
@@ -32,7 +33,7 @@ class Ask:
     images: Mapping[str, str] = field(default_factory=dict)
     stage_cap: Stage | None = None
     """Guidance: no stage above this one."""
-    rate_factor: float = 1.0
+    rate_factor: Fraction = Fraction(1)
     """Guidance: at most 1."""
     guidance: Mapping[str, object] = field(default_factory=dict)
     forced: str | None = None
