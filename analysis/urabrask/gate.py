@@ -18,6 +18,8 @@ from leyline.messages import GateResult
 Z = 1.645
 """Normal quantile of a one-sided 95 % bound."""
 
+Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
 Right = NDArray[np.bool_]
 """Per sample, whether the answer was right. [N]"""
 

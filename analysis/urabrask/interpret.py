@@ -30,6 +30,15 @@ class Interpreter:
     """Result -> index of the last operation that uses it: it is freed then."""
 
     def __call__(self, checkpoint: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        return self.run(checkpoint, inputs)
+
+    def run(
+        self,
+        checkpoint: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        watch: Callable[[Node, Mapping[str, Any]], None] | None = None,
+    ) -> Tensor:
+        """The logits. `watch` sees each operation with all live results, before it is computed."""
         results: dict[str, Any] = {}
         for source in self.program.sources:
             if source.tensor is not None:
@@ -41,6 +50,8 @@ class Interpreter:
         given = [(node, value, value._version) for node, value in results.items()]
         with torch.no_grad():
             for index, node in enumerate(self.program.nodes):
+                if watch is not None:
+                    watch(node, results)
                 args = [_value(arg, results) for arg in node.args]
                 kwargs = {key: _value(arg, results) for key, arg in node.kwargs.items()}
                 try:

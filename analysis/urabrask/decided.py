@@ -1,0 +1,96 @@
+"""Whether the candidate's masks are those that were decided: they fit the model, and are inherited plus decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from leyline.ids import parameter_uuid
+from leyline.masks import Bits, Masks
+from leyline.messages import Decision
+from leyline.model import Malformed
+from leyline.tensors import unpack
+from leyline.topology import Topology
+
+
+def misfits(masks: Masks, topology: Topology) -> Iterator[str]:
+    """A sentence for everything in the masks that is not the model's: parameters, shapes, groups, domains."""
+    if masks.model_id != topology.model_id:
+        yield f"the masks are of model {masks.model_id}, the checkpoint is of {topology.model_id}"
+    for name, parameter in masks.parameters.items():
+        known = topology.parameters.get(name)
+        if known is None:
+            yield f"the masks name {name}, which the model does not have"
+        elif parameter.shape != known.shape:
+            yield f"the masks hold {name} with shape {list(parameter.shape)}, the model has {list(known.shape)}"
+        elif parameter.uuid != parameter_uuid(name, known.shape, topology.model_id) or parameter != known:
+            yield f"the masks hold {name} under UUID {parameter.uuid}, the model's is {known.uuid}"
+    groups = {group.id: group for group in topology.groups}
+    for id_, group in masks.groups.items():
+        if id_ not in groups:
+            yield f"the masks name group {id_}, which the topology does not have"
+        elif group != groups[id_]:
+            yield f"the masks describe group {id_} with other members, units or kind than the topology"
+        for member in group.members:
+            parameter = masks.parameters[member.parameter]
+            if parameter.domain != group.domain:
+                yield f"group {id_} of domain {group.domain} masks {member.parameter} of domain {parameter.domain}"
+
+
+def expected(decision: Decision, inherited: Masks | None, topology: Topology, answers: Mapping[str, bytes]) -> Masks:
+    """Inherited masks and the decision's, together. `answers`: the stored answers that the decision names, by path.
+
+    Malformed where the decision names what the model does not have.
+    """
+    units: dict[str, Bits] = {}
+    weights: dict[str, Bits] = {}
+    for chosen in decision.groups:
+        try:
+            group = topology.group(chosen.group)
+        except KeyError as error:
+            raise Malformed(f"the decision prunes group {chosen.group}, which the topology does not have") from error
+        if any(not 0 <= unit < group.units for unit in chosen.pruned):
+            raise Malformed(f"the decision prunes units {list(chosen.pruned)} of {group.id}, which has {group.units}")
+        if chosen.pruned:
+            units[group.id] = np.ones(group.units, np.bool_)
+            units[group.id][list(chosen.pruned)] = False
+    for weight in decision.weights:
+        slice_, parameter = weight.slice, topology.parameters.get(weight.slice.parameter)
+        if parameter is None or not slice_.start <= slice_.stop <= parameter.size:
+            raise Malformed(f"the decision prunes weights {slice_.key} up to {slice_.stop}, which the model lacks")
+        packed = unpack(answers[weight.answer], name=weight.answer)[0].get(f"{slice_.key}/mask")
+        size = slice_.stop - slice_.start
+        if packed is None or packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
+            raise Malformed(f"{weight.answer} holds no mask of {size} bits for {slice_.key}")
+        active = weights.setdefault(slice_.parameter, np.ones(parameter.size, np.bool_))
+        bits = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
+        active[slice_.start : slice_.stop] &= bits
+    new = Masks(
+        model_id=topology.model_id,
+        groups={id_: topology.group(id_) for id_ in units},
+        units=units,
+        weights={name: active for name, active in weights.items() if not active.all()},
+    )
+    return new if inherited is None else inherited.union(new)
+
+
+def differences(masks: Masks, wanted: Masks) -> Iterator[str]:
+    """A sentence for each group or parameter whose mask is not the wanted one, bit by bit."""
+    for what, found, should in (("group", masks.units, wanted.units), ("parameter", masks.weights, wanted.weights)):
+        for name in sorted({*found, *should}):
+            mine, theirs = found.get(name), should.get(name)
+            one = mine if mine is not None else theirs
+            if one is None:
+                continue
+            active = np.ones(len(one), np.bool_)
+            mine, theirs = (active if mine is None else mine), (active if theirs is None else theirs)
+            if more := np.flatnonzero(~mine & theirs).tolist():
+                yield f"the masks prune {_some(more)} of {what} {name}, which nobody decided"
+            if fewer := np.flatnonzero(mine & ~theirs).tolist():
+                yield f"the masks leave {_some(fewer)} of {what} {name} active, which the decision or the base prunes"
+
+
+def _some(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:4]))
+    return f"{shown} and {len(indices) - 4} more" if len(indices) > 4 else shown

@@ -1,0 +1,149 @@
+"""The dead-unit proof: whatever stood in a pruned unit, the answers would be the same. So masking is removing.
+
+Two fills, in eval mode, with the candidate's own tensors. A: producers and norms of the pruned units get random
+values, the consumers stay zero; a consumer that no mask covers lets them through. B: the consumers' columns get random
+values, producers and norms stay zero; a producer or norm that no mask covers feeds them. Values come from
+N(0, sigma of the tensor's live values): larger ones overflow, and Inf * 0 is NaN.
+
+A layer has no consumers. Fill A writes everything upstream inside its branch, which its closing weight must stop; what
+the branch then adds to the shortcut is looked at in the program itself (`joins`), because a constant moves no answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leyline.masks import Masks, member_dead
+from leyline.topology import Group, Kind
+from urabrask.interpret import Forward
+
+TOLERANCE = 1e-5
+"""Largest difference, relative to the largest answer. Filled terms are multiplied by exact zeros, so bit-identical is
+what one sees; a kernel that adds in another order may round otherwise."""
+
+Fill = Literal["A", "B"]
+_ROLES: dict[Fill, tuple[str, ...]] = {"A": ("producer", "norm"), "B": ("consumer",)}
+_MISSED = {
+    "A": "values in its producers and norms reach the answers, so a consumer of it is not masked",
+    "B": "its consumers still see a value, so a producer or norm of it is not masked, or an activation with f(0) != 0 "
+    "stands between",
+}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The proof's material. `seed`: text that fixes the random values (digests, never the time)."""
+
+    forward: Forward
+    tensors: Mapping[str, Tensor]
+    inputs: Sequence[Tensor]
+    masks: Masks
+    seed: str
+
+    def fault(self) -> str:
+        """The first group, unit and fill that is felt, as a sentence; empty if none is."""
+        unfilled = self.forward(self.tensors, self.inputs)
+        if not bool(torch.isfinite(unfilled).all()):
+            return "the candidate's own answers hold NaN or Inf"
+        pruned = {id_: ~active for id_, active in sorted(self.masks.units.items())}
+        for fill in _ROLES:
+            ids = [id_ for id_ in pruned if self._takes(self.masks.groups[id_], fill)]
+            if self._felt(fill, {id_: pruned[id_] for id_ in ids}, unfilled):
+                return self._culprit(fill, {id_: pruned[id_] for id_ in ids}, unfilled)
+        return ""
+
+    def _takes(self, group: Group, fill: Fill) -> bool:
+        """B is not for layers, nor where the user declared that f(0) != 0 may stand before the consumers."""
+        return fill == "A" or (group.kind is not Kind.LAYER and group.zero_at_zero)
+
+    def _felt(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]], unfilled: Tensor) -> bool:
+        with self._filled(fill, pruned):
+            filled = self.forward(self.tensors, self.inputs)
+        difference = (filled.double() - unfilled.double()).abs().max()
+        # Not "> tolerance": NaN is no difference by any comparison, and must fail.
+        return not bool(difference <= TOLERANCE * unfilled.double().abs().max())
+
+    def _culprit(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]], unfilled: Tensor) -> str:
+        """Halve the groups, then the units, while one half alone is felt."""
+        while len(pruned) > 1:
+            names = list(pruned)
+            halves = [{id_: pruned[id_] for id_ in half} for half in _halves(names)]
+            felt = next((half for half in halves if self._felt(fill, half, unfilled)), None)
+            if felt is None:
+                return f"fill {fill}: only together are groups {', '.join(names[:4])} felt; {_MISSED[fill]}"
+            pruned = felt
+        (id_, bits), *_ = pruned.items()
+        units = np.flatnonzero(bits).tolist()
+        while len(units) > 1:
+            narrowed = (half for half in _halves(units) if self._felt(fill, {id_: _only(half, bits)}, unfilled))
+            if (found := next(narrowed, None)) is None:
+                break
+            units = found
+        group = self.masks.groups[id_]
+        if group.kind is Kind.LAYER:
+            return f"fill {fill}: layer {id_} is felt; values upstream in its branch pass its closing weight"
+        named = f"unit {units[0]}" if len(units) == 1 else f"units {', '.join(map(str, units[:4]))}"
+        return f"fill {fill}: {named} of group {id_} is felt: {_MISSED[fill]}"
+
+    @contextmanager
+    def _filled(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]]) -> Iterator[None]:
+        places: dict[str, Tensor] = {}
+        for id_, bits in pruned.items():
+            group = self.masks.groups[id_]
+            if group.kind is Kind.LAYER:
+                for name in group.upstream:
+                    if name in self.tensors:
+                        places[name] = torch.ones_like(self.tensors[name], dtype=torch.bool)
+                continue
+            for member in group.members:
+                if member.role in _ROLES[fill] and member.parameter in self.tensors:
+                    shape = self.masks.parameters[member.parameter].shape
+                    view, dead = member_dead(member, shape, bits)
+                    place = torch.from_numpy(np.broadcast_to(dead, view).reshape(shape).copy())
+                    known = places.get(member.parameter)
+                    places[member.parameter] = place if known is None else known | place
+        before = {name: self.tensors[name][place].clone() for name, place in places.items()}
+        try:
+            for name, place in places.items():
+                self.tensors[name][place] = self._noise(fill, name, place)
+            yield
+        finally:
+            for name, place in places.items():
+                self.tensors[name][place] = before[name]
+
+    def _noise(self, fill: Fill, name: str, place: Tensor) -> Tensor:
+        tensor = self.tensors[name]
+        seed = hashlib.sha256(f"{self.seed}\0{fill}\0{name}".encode()).digest()
+        random = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
+        values = torch.randn(int(place.sum()), generator=random, dtype=torch.float32)
+        return (values * _sigma(tensor, self.masks, name)).to(tensor.dtype)
+
+
+def _sigma(tensor: Tensor, masks: Masks, name: str) -> float:
+    """Standard deviation of the live values; of a constant (a fresh norm) its size, of nothing alive 1."""
+    dead = masks.dead(name)
+    values = tensor.double()
+    live = values if dead is None else values[torch.from_numpy(~dead.full())]
+    for size in (live.std(correction=0), live.square().mean().sqrt()) if live.numel() else ():
+        if float(size) > 0:
+            return float(size)
+    return 1.0
+
+
+def _halves(items: list) -> tuple[list, list]:  # type: ignore[type-arg]
+    return items[: len(items) // 2], items[len(items) // 2 :]
+
+
+def _only(units: Sequence[int], like: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    bits = np.zeros_like(like)
+    bits[list(units)] = True
+    return bits

@@ -1,0 +1,232 @@
+"""Only the mask changed: the candidate is its base, byte for byte, except for zeros where something is pruned.
+
+The candidate's bytes are really read back from the store and hashed. Where a chunk's digest is the base's, the base is
+not read again. No torch, three chunks of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kasmina.formats import TensorRef, bind, elements, read_index, read_slots, stream
+from kasmina.formats.index import SAFETENSORS, read_header
+from leyline import layout
+from leyline.digest import verified_range
+from leyline.masks import Dead, Masks
+from leyline.messages import Candidate, CheckpointMetadata, StoredObject
+from leyline.model import Malformed
+from leyline.store import Changed, Damaged, NotFound, ObjectStore
+from leyline.topology import Topology
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_COUNTER = "step"
+"""Adam's step count, a slot that is no moment."""
+_WINDOW = 1 << 20
+"""Elements whose mask is spread out at once."""
+
+
+class NotTheBase(Exception):
+    """The candidate is not its base with the masks on; the sentence says where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """One tensor in an object, and what must be zero of it."""
+
+    name: str
+    ref: TensorRef
+    dead: Dead | None
+    finite: bool
+    """Whether NaN and Inf are refused here: parameters, not buffers and not the optimizer's slots."""
+
+    @property
+    def itemsize(self) -> int:
+        return self.ref.nbytes // self.ref.size if self.ref.size else 1
+
+
+def check_bytes(
+    store: ObjectStore, base: CheckpointMetadata, candidate: Candidate, masks: Masks, topology: Topology
+) -> str:
+    """What was compared, as a sentence. NotTheBase names the first object, tensor and byte that should not be so.
+
+    Malformed and Damaged speak of the base: it is not what its own metadata says, or holds NaN or Inf.
+    """
+    folder, origin = layout.candidate(candidate.cycle, candidate.base), layout.checkpoint(base.name)
+    extents = _extents(store, base, masks, topology)
+    copies = {stored.path: stored for stored in candidate.objects}
+    wanted = [*base.weights, *([base.optimizer] if base.optimizer else [])]
+    if missing := [path for path in wanted if path not in copies]:
+        raise NotTheBase(f"the candidate lacks {missing[0]}, which its base has")
+    if extra := [path for path in copies if path not in wanted]:
+        raise NotTheBase(f"the candidate holds {extra[0]}, which is no weights or optimizer object of its base")
+    total = 0
+    for path in wanted:
+        pair = _Pair(store, origin + path, base.object(path), folder + path, copies[path])
+        pair.check_header()
+        pair.check(extents.get(path, []))
+        total += copies[path].digest.size
+    return f"{len(wanted)} objects of {total:,} bytes were read back: zero where pruned, elsewhere the base's bytes"
+
+
+def _extents(store: ObjectStore, base: CheckpointMetadata, masks: Masks, topology: Topology) -> dict[str, list[Extent]]:
+    """Every tensor of interest by object, in order of offsets."""
+    prefix = layout.checkpoint(base.name)
+    index = read_index(store, prefix, base)
+    found = [
+        Extent(name=name, ref=ref, dead=masks.dead(name), finite=ref.dtype in _FLOATS)
+        for name, refs in bind(index, topology).items()
+        for ref in refs
+    ]
+    owners = {alias: name for name, known in topology.parameters.items() for alias in (name, *known.aliases)}
+    for key, ref in read_slots(store, prefix, base).items():
+        owner, _, slot = key.rpartition("/")
+        dead = masks.dead(owners.get(owner, owner))
+        if dead is not None and slot != _COUNTER and ref.shape == dead.shape:
+            found.append(Extent(name=key, ref=ref, dead=dead, finite=False))
+    by_object: dict[str, list[Extent]] = {}
+    for extent in sorted(found, key=lambda extent: extent.ref.offset):
+        by_object.setdefault(extent.ref.object, []).append(extent)
+    return by_object
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One object of the base and its copy in the candidate."""
+
+    store: ObjectStore
+    base_key: str
+    base: StoredObject
+    key: str
+    copy: StoredObject
+
+    def check_header(self) -> None:
+        """Sizes, then names, dtypes, shapes and places of all tensors."""
+        if self.copy.digest.size != self.base.digest.size:
+            raise NotTheBase(
+                f"{self.key} is {self.copy.digest.size:,} bytes, its base {self.base.digest.size:,}; a mask changes no "
+                "size"
+            )
+        try:
+            head = self.store.head(self.key)
+        except NotFound as error:
+            raise NotTheBase(f"{self.key} does not exist, the candidate's manifest lists it") from error
+        if head.size != self.copy.digest.size:
+            raise NotTheBase(f"{self.key} is {head.size:,} bytes, its manifest says {self.copy.digest.size:,}")
+        if not self.key.endswith(SAFETENSORS):
+            return
+        theirs = read_header(self.store, "", self.base_key, self.store.head(self.base_key))
+        try:
+            mine = read_header(self.store, "", self.key, head)
+        except Malformed as error:
+            raise NotTheBase(str(error)) from error
+        for name in sorted({*mine, *theirs}):
+            if name not in mine:
+                raise NotTheBase(f"{self.key} lacks tensor {name}, which its base holds")
+            if name not in theirs:
+                raise NotTheBase(f"{self.key} holds tensor {name}, which its base does not have")
+            if mine[name] != theirs[name]:
+                raise NotTheBase(
+                    f"{self.key}: tensor {name} is {mine[name].dtype} {list(mine[name].shape)} at byte "
+                    f"{mine[name].start}, in the base {theirs[name].dtype} {list(theirs[name].shape)} at byte "
+                    f"{theirs[name].start}"
+                )
+
+    def check(self, extents: Sequence[Extent]) -> None:
+        """Every byte."""
+        begin, tail = 0, b""
+        for number, chunk in enumerate(self._chunks()):
+            end = begin + len(chunk)
+            here = [e for e in extents if e.ref.offset < end and begin < e.ref.offset + e.ref.nbytes]
+            masked = [e for e in here if e.dead is not None and e.dead.touches(*_elements(e, begin, end))]
+            if self.copy.digest.chunks[number] == self.base.digest.chunks[number]:
+                self._must_be_zero(chunk, begin, masked)
+            else:
+                self._must_be_masked(chunk, begin, masked)
+            for extent in here:
+                if extent.finite:
+                    _must_be_finite(self.base_key, chunk, begin, tail, extent)
+            begin, tail = end, chunk[-8:]
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The candidate's chunks as the store holds them, each checked against the manifest."""
+        try:
+            yield from stream(self.store, self.key, self.copy.digest, ahead=1)
+        except (Damaged, Changed, NotFound) as error:
+            raise NotTheBase(str(error)) from error
+
+    def _must_be_zero(self, chunk: bytes, begin: int, masked: Sequence[Extent]) -> None:
+        data = np.frombuffer(chunk, np.uint8)
+        for extent in masked:
+            for at, dead in _dead_bytes(extent, begin, begin + len(chunk)):
+                wrong = np.flatnonzero(data[at - begin : at - begin + dead.size].astype(np.bool_) & dead)
+                if wrong.size:
+                    raise NotTheBase(self._not_zero(extent, at + int(wrong[0])))
+
+    def _must_be_masked(self, chunk: bytes, begin: int, masked: Sequence[Extent]) -> None:
+        """The chunk must be the base's with zeros where it is pruned."""
+        self._must_be_zero(chunk, begin, masked)
+        base = verified_range(self.store, self.base_key, self.base.digest, begin, begin + len(chunk))
+        expected = bytearray(base)
+        del base
+        view = np.frombuffer(expected, np.uint8)
+        for extent in masked:
+            for at, dead in _dead_bytes(extent, begin, begin + len(chunk)):
+                view[at - begin : at - begin + dead.size][dead] = 0
+        if expected != chunk:
+            wrong = begin + int(np.flatnonzero(view != np.frombuffer(chunk, np.uint8))[0])
+            raise NotTheBase(f"{self.key} differs from its base at byte {wrong:,}, where no mask prunes anything")
+
+    def _not_zero(self, extent: Extent, byte: int) -> str:
+        element = (byte - extent.ref.offset) // extent.itemsize
+        index = np.unravel_index(element, extent.ref.shape) if extent.ref.shape else ()
+        return f"{self.key}: element {[int(i) for i in index]} of {extent.name} is pruned but not zero"
+
+
+def _elements(extent: Extent, begin: int, end: int) -> tuple[int, int]:
+    """The elements of the tensor that have a byte in [begin, end) of the object."""
+    size = extent.itemsize
+    first = max(begin - extent.ref.offset, 0) // size
+    last = -(-min(end - extent.ref.offset, extent.ref.nbytes) // size)
+    return first, last
+
+
+def _dead_bytes(extent: Extent, begin: int, end: int) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Pieces (first byte in the object, which bytes must be zero) that cover the tensor's part in [begin, end)."""
+    if extent.dead is None:
+        return
+    first, last = _elements(extent, begin, end)
+    for start in range(first, last, _WINDOW):
+        stop = min(start + _WINDOW, last)
+        dead = np.repeat(extent.dead.range(start, stop), extent.itemsize)
+        at = extent.ref.offset + start * extent.itemsize
+        lower, upper = max(at, begin), min(at + dead.size, end)
+        yield lower, dead[lower - at : upper - at]
+
+
+def _must_be_finite(key: str, chunk: bytes, begin: int, tail: bytes, extent: Extent) -> None:
+    """Every element that ends in this chunk; one that began in the chunk before has its first bytes in `tail`."""
+    size, offset = extent.itemsize, extent.ref.offset
+    first = max(begin - offset, 0) // size
+    last = (min(begin + len(chunk), offset + extent.ref.nbytes) - offset) // size
+    if first < last and (cut := begin - (offset + first * size)) > 0:
+        _finite(key, extent, tail[-cut:] + chunk[: size - cut], first)
+        first += 1
+    view = memoryview(chunk)
+    for start in range(first, last, _WINDOW):
+        stop = min(start + _WINDOW, last)
+        at = offset + start * size - begin
+        _finite(key, extent, view[at : at + (stop - start) * size], start)
+
+
+def _finite(key: str, extent: Extent, raw: bytes | memoryview, first: int) -> None:
+    values = elements(raw, extent.ref.dtype)
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if wrong.size:
+        raise Malformed(
+            f"{key}: element {first + int(wrong[0])} of {extent.name} is {values[wrong[0]]}; weights must be finite, "
+            "publish a checkpoint of a training that has not diverged"
+        )
