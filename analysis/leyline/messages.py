@@ -143,9 +143,10 @@ class ImportanceStats(Message):
 
     Tensors, float64, `<h>` being `odd` or `even` (the half of the mini-batches), EMA numerators over units:
     `<group>/<h>/abs` sum |q|, `<group>/<h>/sq` sum q squared, `<group>/<h>/n` [2] = (sum of weights, sum of squared
-    weights); optional, by what was hooked: `<group>/<h>/act` sum of squared gate outputs (contribution norm),
-    `<group>/in` sum x_j squared of the consumers' input (Wanda), `<group>/cos` [2] = (sum of cosines, tokens) for
-    layers, `<group>/gram` [heads, heads] for redundancy; `weight/<parameter>` diagonal Fisher, or its sketch.
+    weights); optional, by what was hooked: `<group>/<h>/act` sum of squared gate outputs (contribution norm; heads: of
+    W_O a_h), `<group>/in` sum x_j squared of the consumers' input (Wanda), `<group>/cos` [2] = (sum of cosines, tokens)
+    for layers, `<group>/gram` [heads, heads] for redundancy; `weight/<parameter>` diagonal Fisher (float32), or
+    its sketch ([rows, cells] of `kasmina.sketch`).
     """
 
     run_id: str
@@ -163,6 +164,9 @@ class ImportanceStats(Message):
     last_step: int = 0
     decay: float = 1.0
     reduction: Literal["per-sample", "mini-batch"] = "per-sample"
+    mini_batch: tuple[str, ...] = ()
+    """Groups that no gate could be hooked for: their n counts mini-batches, and `samples` leaves them out unless
+    `reduction` says that there are no others."""
     groups: tuple[str, ...] = ()
     isolation: IsolationReport = IsolationReport()
     tracker_cost: float | None = None
