@@ -1,0 +1,110 @@
+"""Answers the three rounds of basic pruning: histogram, refinement, and the mask bits of the threshold found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elesh import single
+from elesh.importance import Importance
+from elesh.scoring import Scoring
+from elesh.single import Bits, Keys
+from elesh.squares import Floats
+from elesh.weights import Segment, Weights
+from leyline.masks import Masks
+from leyline.messages import Slice, StructuralAnalysisRequest
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def uses_fisher(scorers: Sequence[str]) -> bool:
+    """Whether w^2 F / 2 is preferred to magnitude: unless magnitude stands first."""
+    return next((name for name in scorers if name in ("fisher", "magnitude")), "fisher") == "fisher"
+
+
+def answer(
+    request: StructuralAnalysisRequest,
+    weights: Weights,
+    scoring: Scoring,
+    fisher: Importance | None,
+    inherited: Masks | None,
+) -> Arrays:
+    """The arrays of one round; weights that are pruned already are left out. Malformed names what is not finite."""
+    match request.method:
+        case "histogram":
+            return _counts(request.slices, weights, scoring, fisher, inherited, None)
+        case "refine":
+            wanted = [slice_ for slice_ in request.slices if slice_.key in request.buckets]
+            return _counts(wanted, weights, scoring, fisher, inherited, request.buckets)
+        case "select":
+            return _select(request, weights, scoring, fisher, inherited)
+    raise ValueError(f"{request.method} is no round of basic pruning")
+
+
+def _counts(
+    slices: Sequence[Slice],
+    weights: Weights,
+    scoring: Scoring,
+    fisher: Importance | None,
+    inherited: Masks | None,
+    buckets: dict[str, int] | None,
+) -> Arrays:
+    def score(segment: Segment, values: Floats, factors: Floats | None) -> NDArray[np.int64]:
+        keys = _keys(segment, values, factors)
+        live = _live(segment, inherited)
+        keys = keys if live is None else keys[live]
+        return single.histogram(keys) if buckets is None else single.refine(keys, buckets[segment.slice.key])
+
+    segments = {slice_.key: weights.segments(slice_) for slice_ in slices}
+    results = scoring.run([segment for found in segments.values() for segment in found], score, fisher)
+    arrays: Arrays = {}
+    for key, found in segments.items():
+        total = np.zeros(single.BUCKETS, dtype=np.int64)
+        for _ in found:
+            total += next(results)
+        arrays[f"{key}/bucket"], arrays[f"{key}/count"] = single.sparse(total)
+    return arrays
+
+
+def _select(
+    request: StructuralAnalysisRequest,
+    weights: Weights,
+    scoring: Scoring,
+    fisher: Importance | None,
+    inherited: Masks | None,
+) -> Arrays:
+    def score(segment: Segment, values: Floats, factors: Floats | None) -> tuple[Keys, Bits]:
+        live = _live(segment, inherited)
+        return _keys(segment, values, factors), np.ones(len(values), dtype=np.bool_) if live is None else live
+
+    tied = [slice_ for slice_ in request.slices if slice_.key in request.ties]
+    segments = {slice_.key: weights.segments(slice_) for slice_ in tied}
+    results = scoring.run([segment for found in segments.values() for segment in found], score, fisher)
+    arrays: Arrays = {}
+    for slice_ in request.slices:
+        active = np.ones(slice_.stop - slice_.start, dtype=np.bool_)
+        taken = 0
+        for segment in segments.get(slice_.key, ()):
+            keys, live = next(results)
+            gone, taken = single.select(keys, live, request.ties[slice_.key], taken)
+            active[segment.start - slice_.start : segment.stop - slice_.start] = ~gone
+        arrays[f"{slice_.key}/mask"] = np.packbits(active, bitorder="little")
+    return arrays
+
+
+def _keys(segment: Segment, values: Floats, factors: Floats | None) -> Keys:
+    name = segment.slice.parameter
+    if factors is None:
+        return single.magnitude_keys(values, parameter=name, start=segment.start)
+    return single.fisher_keys(values, factors, parameter=name, start=segment.start)
+
+
+def _live(segment: Segment, inherited: Masks | None) -> Bits | None:
+    """Weights of the segment that no inherited mask prunes; None where that is all of them."""
+    dead = inherited.dead(segment.slice.parameter) if inherited else None
+    if dead is None:
+        return None
+    return ~dead.range(segment.start, segment.stop)

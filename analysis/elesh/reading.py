@@ -1,0 +1,116 @@
+"""Ranges of checkpoint objects as checked bytes, read ahead while others are scored.
+
+Objects are read in whole chunks, because only a whole chunk can be checked; what spans two is stitched together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+from leyline.digest import ObjectDigest, verified_range
+from leyline.store import CHUNK, ObjectStore
+
+AHEAD = 2
+"""Chunks in flight: more made all workers of a machine slower, not faster."""
+
+
+class Source(Protocol):
+    """An object's plain bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), checked. Raises Damaged, Changed and what the store raises."""
+        ...
+
+
+class PlainObject:
+    """An object that is stored as it is, checked against its digest."""
+
+    def __init__(self, store: ObjectStore, key: str, digest: ObjectDigest, *, pin: str | None = None) -> None:
+        self._store, self._key, self._digest, self._pin = store, key, digest, pin
+
+    @property
+    def size(self) -> int:
+        return self._digest.size
+
+    def read(self, start: int, stop: int) -> bytes:
+        return verified_range(self._store, self._key, self._digest, start, stop, self._pin)
+
+
+class Extent(NamedTuple):
+    """Bytes [start, stop) of an object."""
+
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def chunks(self) -> range:
+        """Numbers of the chunks it touches."""
+        return range(self.start // CHUNK, -(-self.stop // CHUNK))
+
+
+class Reader:
+    """Reads extents in order, `ahead` chunks before they are needed; keeps the last chunk for a neighbour."""
+
+    def __init__(self, *, ahead: int = AHEAD) -> None:
+        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="read")
+        self.ahead = ahead
+        self.bytes_read = 0
+        self._last: tuple[object, int, bytes] | None = None
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def stream(self, extents: Sequence[Extent]) -> Iterator[memoryview]:
+        """The bytes of each extent, in their order. A chunk that neighbours share is read once."""
+        fetched = self._fetch(self._wanted(extents))
+        for extent in extents:
+            pieces = []
+            for number in extent.chunks:
+                if self._last is None or (self._last[0], self._last[1]) != (extent.source, number):
+                    self._last = None  # let go before the next one is taken
+                    chunk = next(fetched)
+                    self.bytes_read += len(chunk)
+                    self._last = (extent.source, number, chunk)
+                at = number * CHUNK
+                pieces.append(memoryview(self._last[2])[max(extent.start - at, 0) : extent.stop - at])
+            yield pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+
+    def _wanted(self, extents: Sequence[Extent]) -> Iterator[tuple[Source, int]]:
+        held = self._last[:2] if self._last else None
+        for extent in extents:
+            for number in extent.chunks:
+                if held != (extent.source, number):
+                    held = (extent.source, number)
+                    yield extent.source, number
+
+    def _fetch(self, wanted: Iterator[tuple[Source, int]]) -> Iterator[bytes]:
+        waiting: deque[Future[bytes]] = deque()
+        try:
+            for source, number in wanted:
+                waiting.append(self._pool.submit(_chunk, source, number))
+                if len(waiting) > self.ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # what was not begun is not read, if one chunk was bad
+            for future in waiting:
+                future.cancel()
+
+
+def read_ahead(memory_bytes: int, scale: float) -> int:
+    """Chunks to read ahead within a third of the memory limit, at the scale that dead attempts have left.
+
+    Beside those in flight two are held: the one in use, and one that spans to the next.
+    """
+    return max(0, min(AHEAD, int(memory_bytes * scale / 3) // CHUNK - 2))
+
+
+def _chunk(source: Source, number: int) -> bytes:
+    return source.read(number * CHUNK, min((number + 1) * CHUNK, source.size))

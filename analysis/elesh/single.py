@@ -1,0 +1,85 @@
+"""Basic pruning: keys of single weights, their histograms, and the mask bits below an exact threshold. Pure.
+
+A key is the bit pattern of a float32 score: floats that are not negative order like their bits. So the k-th lowest
+of a whole model is found by counting the upper 16 bits, then the lower 16 within one bucket, and never by sorting.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elesh.squares import Floats, not_finite
+from leyline.messages import Tie
+from leyline.model import Malformed
+
+Keys = NDArray[np.uint32]
+Bits = NDArray[np.bool_]
+Counts = NDArray[np.int64]
+
+BUCKETS = 2**16
+
+_LARGEST = np.finfo(np.float32).max
+
+
+def magnitude_keys(values: Floats, *, parameter: str, start: int) -> Keys:
+    """Keys [n] of |w| as float32. Malformed, naming the element, if a weight is NaN or infinite."""
+    scores = np.abs(values)
+    if not (scores < np.inf).all():
+        at = int(np.argmin(np.isfinite(values)))
+        raise Malformed(not_finite(parameter, start + at, float(values[at])))
+    return _as_keys(scores)
+
+
+def fisher_keys(values: Floats, fisher: Floats, *, parameter: str, start: int) -> Keys:
+    """Keys [n] of w^2 F / 2 as float32, in units of the loss (LeCun et al. 1990: the loss that deleting w costs)."""
+    magnitude_keys(values, parameter=parameter, start=start)
+    scores = values.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores *= scores
+        scores *= fisher
+    scores *= 0.5
+    return _as_keys(scores)
+
+
+def _as_keys(scores: Floats) -> Keys:
+    if scores.dtype != np.float32:
+        scores = np.minimum(scores, _LARGEST).astype(np.float32)
+    return scores.view(np.uint32)
+
+
+def histogram(keys: Keys) -> Counts:
+    """How many keys have each value of the upper 16 bits [BUCKETS]."""
+    return np.bincount((keys >> np.uint32(16)).astype(np.intp), minlength=BUCKETS).astype(np.int64, copy=False)
+
+
+def refine(keys: Keys, bucket: int) -> Counts:
+    """How many keys with these upper 16 bits have each value of the lower 16 [BUCKETS]."""
+    inside = keys[(keys >> np.uint32(16)) == np.uint32(bucket)] & np.uint32(0xFFFF)
+    return np.bincount(inside.astype(np.intp), minlength=BUCKETS).astype(np.int64, copy=False)
+
+
+class Sparse(NamedTuple):
+    """A histogram without its zeros."""
+
+    buckets: Keys
+    counts: Counts
+
+
+def sparse(counts: Counts) -> Sparse:
+    filled = np.flatnonzero(counts)
+    return Sparse(filled.astype(np.uint32), counts[filled])
+
+
+def select(keys: Keys, live: Bits, tie: Tie, taken: int) -> tuple[Bits, int]:
+    """Which weights go [n], and how many equal to the threshold have gone so far.
+
+    All below tie.below, and of those equal to it the first tie.equal of the slice, `taken` of which lay before.
+    """
+    below = np.uint32(tie.below)
+    gone = (keys < below) & live
+    equal = np.flatnonzero((keys == below) & live)[: max(tie.equal - taken, 0)]
+    gone[equal] = True
+    return gone, taken + len(equal)

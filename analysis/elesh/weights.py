@@ -1,0 +1,71 @@
+"""The weights of one checkpoint: where each parameter lies, ready to be read in pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Self
+
+from elesh.reading import Extent, PlainObject
+from elesh.squares import segments
+from kasmina.formats import TensorRef, bind, elements, read_index
+from leyline import layout
+from leyline.digest import verified_range
+from leyline.messages import CheckpointMetadata, Slice
+from leyline.partial import rows
+from leyline.store import ObjectStore
+from leyline.tensors import ITEMSIZE
+from leyline.topology import Topology
+
+
+class Segment(NamedTuple):
+    """Elements [start, stop) of one parameter, all from one slice, and the bytes that hold them."""
+
+    slice: Slice
+    start: int
+    stop: int
+    extent: Extent
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One checkpoint, its topology and its tensors."""
+
+    store: ObjectStore
+    metadata: CheckpointMetadata
+    topology: Topology
+    refs: dict[str, TensorRef]
+    """By parameter."""
+
+    @classmethod
+    def open(cls, store: ObjectStore, metadata: CheckpointMetadata) -> Self:
+        """Read topology and headers. Malformed, Damaged or Changed if they are not what READY.json says."""
+        prefix = layout.checkpoint(metadata.name)
+        digest = metadata.object(metadata.topology).digest
+        data = verified_range(store, prefix + metadata.topology, digest, 0, digest.size)
+        topology = Topology.parse(data, name=prefix + metadata.topology)
+        bound = bind(read_index(store, prefix, metadata), topology)
+        return cls(store, metadata, topology, {name: found[0] for name, found in bound.items()})
+
+    @cached_property
+    def _objects(self) -> dict[str, PlainObject]:
+        prefix = layout.checkpoint(self.metadata.name)
+        pins = {ref.object: ref.pin for ref in self.refs.values()}
+        return {
+            path: PlainObject(self.store, prefix + path, self.metadata.object(path).digest, pin=pin)
+            for path, pin in pins.items()
+        }
+
+    def segments(self, slice_: Slice) -> list[Segment]:
+        """The slice in pieces that one thread scores at a time. Malformed unless it is whole rows."""
+        ref = self.refs[slice_.parameter]
+        rows(slice_, ref.shape)
+        elements(b"", ref.dtype)  # refuses what holds no floats before anything is read
+        width, source = ITEMSIZE[ref.dtype], self._objects[ref.object]
+        return [
+            Segment(
+                slice_, start, stop, Extent(source, ref.offset + start * width, ref.offset + stop * width), ref.dtype
+            )
+            for start, stop in segments(slice_.start, slice_.stop, ref.shape)
+        ]

@@ -1,0 +1,193 @@
+"""One analysis worker: opens the checkpoint, answers requests through claims, says in each answer what went wrong."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from numpy.typing import NDArray
+
+from elesh import basic, structured
+from elesh.importance import Importance, ImportanceTrouble
+from elesh.reading import read_ahead
+from elesh.scoring import Scoring
+from elesh.weights import Weights
+from leyline import answers, exits, layout
+from leyline.claims import Task, share
+from leyline.crypt import KeyRing
+from leyline.digest import sha256_hex
+from leyline.envelope import Trust, Untrusted
+from leyline.masks import Masks
+from leyline.messages import MaskRef, Requests, StructuralAnalysisRequest, StructuralAnalysisResponse
+from leyline.model import Malformed
+from leyline.partial import Parts
+from leyline.ready import read_ready
+from leyline.reasons import Reason
+from leyline.store import Changed, Damaged, NotFound, ObjectStore
+
+Arrays = Mapping[str, NDArray[Any]]
+
+INVALID = (Malformed, Damaged, Changed, NotFound, Untrusted)
+"""What the checkpoint itself is to blame for. Other store errors say nothing about it and end the worker."""
+
+
+@dataclass
+class Analysis:
+    """Everything that is opened once for all requests of a round; what cannot be opened is told in each answer."""
+
+    store: ObjectStore
+    requests: Requests
+    trust: Trust | None = None
+    ring: KeyRing | None = None
+    _masks: dict[str, Masks] = field(default_factory=dict)
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        return Scoring(threads=self.requests.limits.threads, ahead=0)
+
+    @cached_property
+    def weights(self) -> Weights:
+        names = {request.checkpoint for request in self.requests.requests}
+        if len(names) != 1:
+            raise Malformed(f"the requests speak of {len(names)} checkpoints ({', '.join(sorted(names))}), not of one")
+        return Weights.open(self.store, read_ready(self.store, names.pop(), trust=self.trust))
+
+    @cached_property
+    def parts(self) -> Parts:
+        return Parts(self.weights.topology)
+
+    @cached_property
+    def importance(self) -> Importance:
+        return Importance.open(self.store, self.weights.metadata, self.weights.topology, self.ring)
+
+    def inherited(self, ref: MaskRef | None) -> Masks | None:
+        """Masks of the base pair, checked against their digest and the model."""
+        if ref is None:
+            return None
+        if ref.digest not in self._masks:
+            data = self.store.get(ref.path)
+            if sha256_hex(data) != ref.digest:
+                raise Damaged(f"{ref.path} is not the mask file that the request names; restore it or roll back")
+            masks = Masks.from_bytes(data, name=ref.path)
+            if masks.model_id != self.weights.topology.model_id:
+                raise Malformed(f"{ref.path} holds masks of model {masks.model_id}")
+            self._masks[ref.digest] = masks
+        return self._masks[ref.digest]
+
+    def compute(self, request: StructuralAnalysisRequest, scale: float) -> Arrays:
+        """The arrays of one answer; `scale` of the buffers that the memory limit allows may be used."""
+        self.scoring.read_ahead(read_ahead(self.requests.limits.memory_bytes, scale))
+        weights, inherited = self.weights, self.inherited(request.inherited)
+        if request.method != "structured":
+            fisher = self._fisher() if basic.uses_fisher(request.importance) else None
+            return basic.answer(request, weights, self.scoring, fisher, inherited)
+        fisher = self._fisher() if "fisher" in request.importance else None
+        arrays = structured.slice_sums(weights, self.parts, request.slices, self.scoring, fisher)
+        if request.groups and structured.needs_statistics(request.importance):
+            arrays |= structured.gate_scores(
+                weights.topology, request.groups, request.importance, self.importance, inherited
+            )
+        return arrays
+
+    def _fisher(self) -> Importance | None:
+        """The statistics where they know every weight; magnitude needs none, so none are missed here."""
+        if self.weights.metadata.importance is None:
+            return None
+        return self.importance if self.importance.knows_weights() else None
+
+    def answer(
+        self, request: StructuralAnalysisRequest, scale: float = 1.0
+    ) -> tuple[StructuralAnalysisResponse, Arrays]:
+        """The answer, whatever happened; memory that is short and a store in trouble are no answers."""
+        begun, read = time.monotonic(), self.scoring.bytes_read
+        arrays: Arrays = {}
+        status, reason, message = "answered", "", ""
+        try:
+            arrays = self.compute(request, scale)
+        except ImportanceTrouble as error:
+            status, reason, message = "importance", error.reason.value, str(error)
+        except Untrusted as error:
+            status, reason, message = "invalid", Reason.UNTRUSTED.value, str(error)
+        except INVALID as error:
+            status, reason, message = "invalid", Reason.INVALID_INPUT.value, str(error)
+        except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError) as error:
+            status, reason = "failed", Reason.WORKERS_FAILED.value
+            message = f"request {request.id} could not be scored: {type(error).__name__}: {error}"
+        return (
+            StructuralAnalysisResponse.model_validate(
+                {
+                    "idempotency_key": request.idempotency_key,
+                    "request": request.id,
+                    "status": status,
+                    "reason": reason,
+                    "message": message,
+                    "seconds": round(time.monotonic() - begun, 6),
+                    "bytes_read": self.scoring.bytes_read - read,
+                    "parameters": sum(slice_.stop - slice_.start for slice_ in request.slices),
+                    "peak_rss": peak_rss(),
+                }
+            ),
+            arrays,
+        )
+
+
+def run(
+    store: ObjectStore,
+    *,
+    cycle: str,
+    round_: int,
+    worker: int,
+    of: int,
+    launch: int,
+    trust: Trust | None = None,
+    ring: KeyRing | None = None,
+    log: Callable[[str], None],
+) -> int:
+    """Answer what is to be answered; the exit code (leyline.exits). Raises Malformed for bad requests, StoreError."""
+    store.put_if_absent(layout.started(cycle, "analyse", launch), b"")
+    name = layout.requests(cycle, round_)
+    try:
+        requests = Requests.parse(store.get(name), name=name)
+    except NotFound as error:
+        raise Malformed(f"{name} does not exist, so there is nothing to answer; check --cycle and --round") from error
+    by_id = {request.id: request for request in requests.requests}
+    if not by_id:
+        return exits.DONE
+    analysis = Analysis(store, requests, trust, ring)
+    invalid = False
+
+    def compute(task: Task, attempt: int, scale: float) -> bytes:
+        nonlocal invalid
+        message, arrays = analysis.answer(by_id[task.id], scale)
+        invalid = invalid or message.status == "invalid"
+        found = message.message or f"{message.parameters:,} parameters in {message.seconds:.2f} s"
+        log(f"worker {worker}, request {task.id}, attempt {attempt}: {message.status}: {found}")
+        return answers.pack(message.model_copy(update={"worker": worker, "attempt": attempt}), arrays)
+
+    try:
+        found = share(
+            store=store,
+            cycle=cycle,
+            tasks=[Task(id=id_) for id_ in by_id],
+            worker=worker,
+            of=of,
+            limits=requests.limits,
+            compute=compute,
+        )
+    finally:
+        analysis.scoring.close()
+    if found.given_up:
+        log(f"gave up: request {found.given_up[0]} has {requests.limits.attempts} dead attempts and no answer")
+        return exits.GAVE_UP
+    return exits.BAD_INPUT if invalid else exits.DONE
+
+
+def peak_rss() -> int:
+    """Bytes of memory that this process held at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
