@@ -186,7 +186,8 @@ class Controller:
             checkpoint=pair.checkpoint,
             decision=self._observer.digest(layout.decision(s.cycle)),
             inherited=pair.masks,
-            limits=limits(s.ask.settings),
+            # consensus is about answers; a part that is written twice would only be the same bytes twice
+            limits=limits(s.ask.settings).model_copy(update={"replicas": 1}),
         )
         self._store.put_if_absent(layout.update(s.cycle, base), update.canonical())
 

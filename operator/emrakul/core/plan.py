@@ -192,7 +192,6 @@ def _base_is_gone(s: Snapshot, _now: datetime) -> Plan | None:
     pair = s.state.pair(s.ask.base)
     if pair is None or pair.condemned or s.state.rolled_back > s.admitted.n:
         return _end(
-            s,
             Finding(
                 Reason.ROLLED_BACK_MEANWHILE,
                 f"the run was rolled back (record {s.state.rolled_back}) after base record {s.ask.base}",
@@ -213,20 +212,20 @@ def _not_admissible(s: Snapshot, _now: datetime) -> Plan | None:
     if s.decision is not None:
         return None
     finding = next((found for check in admission.CHECKS if (found := check(s)) is not None), None)
-    return _end(s, finding) if finding else None
+    return _end(finding) if finding else None
 
 
 def _analyse(s: Snapshot, now: datetime) -> Plan | None:
     """Rounds of requests, until the last one of its method is answered and the decision is written."""
     if s.decision is not None:
-        return _end(s, declined) if (declined := _declined(s)) else None
+        return _end(declined) if (declined := _declined(s)) else None
     if s.ask.forced:
         return Plan(state="Deciding", actions=(Decide("forced"),))
     if not s.rounds:
         return Plan(state="Analyzing", actions=(Cut(_first_method(s)),))
     newest = s.rounds[-1]
     if newest.finding:
-        return _end(s, newest.finding)
+        return _end(newest.finding)
     if newest.failed and newest.method == "structured":
         # a scorer that cannot do this model's structure: single weights, in the time that is left
         return Plan(state="Analyzing", actions=(Cut("histogram"),), message=newest.failed)
@@ -237,7 +236,7 @@ def _analyse(s: Snapshot, now: datetime) -> Plan | None:
         method = "structured" if newest.method == "structured" else "basic"
         return Plan(state="Deciding", actions=(Decide(method, fallback),))
     if newest.given_up:
-        return _end(s, _gave_up(s, newest))
+        return _end(_gave_up(s, newest))
     limit = timedelta(seconds=s.ask.settings.checkpoint_analysis_timeout)
     progress = f"{newest.answered}/{newest.requests} requests answered ({newest.method})"
     return _work(s, now, Phase.ANALYSE, newest.number, limit, progress)
@@ -252,17 +251,9 @@ def _choose_base(s: Snapshot, _now: datetime) -> Plan | None:
         return None
     newest = _newest_base(s)
     if newest is None:
-        tip = s.state.tip_pair
-        return _end(
-            s,
-            Finding(
-                Reason.SUPERSEDED,
-                f"the tip moved to record {s.state.tip} "
-                f"({'other masks' if tip and tip.masks != _base_masks(s) else 'not by a publish'}) since base {here.base}",
-            ),
-        )
+        return _end(_superseded(s, here.base))
     if len(s.on) > MAX_REBASES:
-        return _end(s, _too_frequent(s))
+        return _end(_too_frequent(s))
     return Plan(state="Applying", actions=(Update(newest),), message=f"rebased on record {newest}")
 
 
@@ -279,7 +270,7 @@ def _validate(s: Snapshot, now: datetime) -> Plan | None:
     if here.verdict is not None:
         return None
     if not s.ask.settings.enable_safety_validation:
-        return _end(s, Finding(Reason.VALIDATION_DISABLED, "the candidate was written and nobody validated it"))
+        return _end(Finding(Reason.VALIDATION_DISABLED, "the candidate was written and nobody validated it"))
     if not here.asked:
         return Plan(state="Validating", actions=(*_stops(s, Phase.APPLY), AskValidation(here.base)))
     limit = timedelta(seconds=s.ask.settings.validation_timeout)
@@ -293,9 +284,9 @@ def _conclude(s: Snapshot, _now: datetime) -> Plan:
     assert verdict is not None
     if verdict.outcome != "PASS":
         reason = Reason(verdict.reason) if verdict.reason in set(Reason) else Reason.STRUCTURE
-        return _end(s, Finding(reason, verdict.message))
+        return _end(Finding(reason, verdict.message))
     if not _commits(s):
-        return _end(s, admission.why_no_masks(s))
+        return _end(admission.why_no_masks(s))
     return Plan(state="Committing", actions=(*_stops(s), Commit(here.base)))
 
 
@@ -334,12 +325,12 @@ def _work(s: Snapshot, now: datetime, phase: Phase, step: int, limit: timedelta,
     job = mine[-1]
     mark = s.marks.get((phase, job.launch))
     if mark is not None and now - mark > limit:
-        return _end(s, _over_time(phase, limit, message))
+        return _end(_over_time(phase, limit, message))
     if not job.running:
-        return _end(s, _ended_badly(phase, job, message))
+        return _end(_ended_badly(phase, job, message))
     if mark is None and now - job.created > timedelta(seconds=s.ask.settings.startup_timeout):
         why = job.message or "no worker started"
-        return _end(s, Finding(Reason.NOT_SCHEDULED, f"{phase.value}: {why} within {s.ask.settings.startup_timeout} s"))
+        return _end(Finding(Reason.NOT_SCHEDULED, f"{phase.value}: {why} within {s.ask.settings.startup_timeout} s"))
     return Plan(state=state, wait=timedelta(seconds=1), message=message)
 
 
@@ -389,8 +380,11 @@ def _commits(s: Snapshot) -> bool:
     return admission.commits(s)
 
 
-def _base_masks(s: Snapshot) -> object:
-    return s.pair.masks if s.pair else None
+def _superseded(s: Snapshot, base: int) -> Finding:
+    tip = s.state.tip_pair
+    same = tip is not None and s.pair is not None and tip.masks == s.pair.masks
+    how = "not by a publish" if same else "with other masks"
+    return Finding(Reason.SUPERSEDED, f"the tip moved to record {s.state.tip}, {how}, since base {base}")
 
 
 def _newest_base(s: Snapshot) -> int | None:
@@ -435,6 +429,6 @@ def _stops(s: Snapshot, phase: Phase | None = None) -> tuple[Action, ...]:
     return tuple(Stop(job.phase) for job in s.jobs if job.running and phase in (None, job.phase))
 
 
-def _end(s: Snapshot, finding: Finding) -> Plan:
+def _end(finding: Finding) -> Plan:
     """Outcome first into the log; the workers are stopped once it is there (they could only write what is ignored)."""
     return Plan(state=finding.outcome.value, actions=(End(finding),), message=finding.sentence)
