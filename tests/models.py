@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from emrakul.settings import Settings
+from emrakul.strategy.aggregate import GroupScores
 from emrakul.strategy.requests import Subject
 from leyline.digest import digest_bytes
 from leyline.ids import parameter_uuid
+from leyline.masks import Masks
 from leyline.messages import CheckpointMetadata, ImportanceStats, StoredObject
 from leyline.topology import HOST, Group, Kind, Member, Parameter, Topology
 
@@ -129,3 +133,33 @@ def subject(topology: Topology, settings: Settings | None = None, *, weights: by
         inherited=None,
         settings=settings or Settings(),
     )
+
+
+def scored(
+    topology: Topology,
+    score: Sequence[Sequence[float]],
+    *,
+    pruned: Mapping[str, Sequence[int]] | None = None,
+    upper: Sequence[Sequence[float]] | None = None,
+) -> tuple[GroupScores, ...]:
+    """Scores of every group, as if they had been aggregated."""
+    made = []
+    for index, group in enumerate(topology.groups):
+        gone = list((pruned or {}).get(group.id, ()))
+        live = np.ones(group.units, dtype=np.bool_)
+        live[gone] = False
+        values = np.array(score[index], dtype=np.float64)
+        bound = values if upper is None else np.array(upper[index], dtype=np.float64)
+        made.append(GroupScores(group=group, scorer="taylor", score=values, upper=bound, live=live, pruned=len(gone)))
+    return tuple(made)
+
+
+def masks(topology: Topology, pruned: Mapping[str, Sequence[int]]) -> Masks:
+    """Masks of these units."""
+    units = {}
+    for id_, gone in pruned.items():
+        active = np.ones(topology.group(id_).units, dtype=np.bool_)
+        active[list(gone)] = False
+        units[id_] = active
+    groups = {id_: topology.group(id_) for id_ in pruned}
+    return Masks(model_id=topology.model_id, groups=groups, units=units, parameters=topology.parameters)

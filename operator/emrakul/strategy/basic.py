@@ -1,0 +1,229 @@
+"""Basic pruning: the exact global threshold over single weights, from sparse histograms of float32 keys.
+
+A key is a score's bit pattern; non-negative floats order like their bits. Pass one counts the high 16 bits, pass two
+the low 16 bits of one bucket a parameter. With tau the threshold, parameter p gives min(count_p(<= tau), cap_p); what
+is equal to tau goes in canonical order (parameter UUID, then flat index), so the result does not depend on slices,
+workers or order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emrakul.settings import Settings
+from emrakul.strategy.budget import MARGIN, RATE, RETENTION, allowance, budget_key
+from leyline.messages import Budget, Slice, Tie
+from leyline.model import Malformed
+from leyline.topology import Kind, Parameter, Topology
+
+BUCKETS = 1 << 16
+Counts = NDArray[np.int64]
+"""[BUCKETS] weights by 16 bits of their key."""
+Sparse = Mapping[str, NDArray[Any]]
+"""The arrays of histogram or refine answers: `<slice key>/bucket` and `<slice key>/count`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quota:
+    """One parameter's part: its slices in C order, and how many of its weights may go at most."""
+
+    name: str
+    parameter: Parameter
+    slices: tuple[Slice, ...]
+    live: int
+    cap: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightShare:
+    """What the weights of one domain give in this cycle: budget.achieved of them."""
+
+    budget: Budget
+    quotas: tuple[Quota, ...]
+    """In canonical order, by parameter UUID."""
+    full: bool
+    """Every parameter was at its cap before the cycle."""
+
+
+def counts_of(slice_: Slice, arrays: Sparse) -> Counts:
+    """[BUCKETS] from a sparse answer; a refine answer may name whole keys, only their low 16 bits count."""
+    bucket, count = arrays.get(f"{slice_.key}/bucket"), arrays.get(f"{slice_.key}/count")
+    if bucket is None or count is None or bucket.shape != count.shape or bucket.ndim != 1 or (count < 0).any():
+        raise Malformed(f"the answer for {slice_.key} has no histogram, or one whose two arrays do not fit")
+    found = np.zeros(BUCKETS, dtype=np.int64)
+    np.add.at(found, bucket.astype(np.int64) & (BUCKETS - 1), count.astype(np.int64))
+    if found.sum() > slice_.stop - slice_.start:
+        raise Malformed(f"the histogram of {slice_.key} counts {found.sum()} of {slice_.stop - slice_.start} weights")
+    return found
+
+
+def spend_weights(
+    topology: Topology,
+    slices: Mapping[str, Sequence[Slice]],
+    coarse: Sparse,
+    *,
+    rate: Fraction,
+    carry: Mapping[str, str],
+    settings: Settings,
+) -> tuple[WeightShare, ...]:
+    """Budgets of every domain, from the first round. `slices` are each parameter's, in C order."""
+    shares = []
+    for domain in topology.domains:
+        names = [name for name in slices if topology.parameters[name].domain == domain]
+        if names:
+            quotas = [_quota(name, topology.parameters[name], slices[name], coarse, settings) for name in names]
+            quotas.sort(key=lambda quota: quota.parameter.uuid)
+            shares.append(_share(domain, quotas, coarse, rate, carry, settings))
+    return tuple(shares)
+
+
+def _quota(name: str, parameter: Parameter, slices: Sequence[Slice], coarse: Sparse, settings: Settings) -> Quota:
+    live = int(sum(counts_of(piece, coarse).sum() for piece in slices))
+    keep = math.ceil(settings.constraints.min_channel_retention * parameter.size)
+    return Quota(name=name, parameter=parameter, slices=tuple(slices), live=live, cap=max(live - keep, 0))
+
+
+def _share(
+    domain: str,
+    quotas: Sequence[Quota],
+    coarse: Sparse,
+    rate: Fraction,
+    carry: Mapping[str, str],
+    settings: Settings,
+) -> WeightShare:
+    live = sum(quota.live for quota in quotas)
+    carried = Fraction(carry.get(budget_key(domain, Kind.WEIGHT), "0"))
+    given = allowance(rate=rate, live=live, carry=carried)
+    below = [_counts(quota, coarse) for quota in quotas]
+    last = _last_eligible(np.sum(below, axis=0), settings.safety_margin)
+    eligible = [int(counts[: last + 1].sum()) for counts in below]
+    possible = sum(min(count, quota.cap) for count, quota in zip(eligible, quotas, strict=True))
+    achieved = min(given.allowed, possible)
+    full = not any(quota.cap for quota in quotas)
+    capped = any(count > quota.cap for count, quota in zip(eligible, quotas, strict=True))
+    short = RETENTION if full or capped else MARGIN
+    budget = Budget(
+        domain=domain,
+        kind=Kind.WEIGHT,
+        live=live,
+        original=sum(quota.parameter.size for quota in quotas),
+        requested=float(rate),
+        carry_in=str(carried),
+        allowed=given.allowed,
+        eligible=sum(eligible),
+        achieved=achieved,
+        carry_out=str(given.carry_out),
+        bound=RATE if achieved == given.allowed else short,
+    )
+    return WeightShare(budget=budget, quotas=tuple(quotas), full=full)
+
+
+def _last_eligible(counts: Counts, margin: Fraction) -> int:
+    """The last bucket wholly within (1 - margin) of the median, or -1; the median is taken at its bucket's low edge.
+
+    A bucket is 1/128 wide, so this keeps at most that much more than the exact rule.
+    """
+    total = int(counts.sum())
+    if not total:
+        return -1
+    median = int(np.searchsorted(np.cumsum(counts), (total + 1) // 2))
+    limit = float(_value(median << 16)) * float(1 - margin)
+    upper = _value((np.arange(BUCKETS // 2, dtype=np.uint32) << 16) | 0xFFFF)
+    with np.errstate(invalid="ignore"):
+        return int((upper <= limit).sum()) - 1
+
+
+def _value(keys: Any) -> NDArray[np.float32]:
+    return np.asarray(keys, dtype=np.uint32).view(np.float32)
+
+
+def refine_buckets(shares: Iterable[WeightShare], coarse: Sparse) -> dict[str, int]:
+    """The bucket of high 16 bits that each slice must refine, by slice key: where its parameter's threshold lies."""
+    found: dict[str, int] = {}
+    for share in shares:
+        for quota, bucket in _thresholds(share, coarse):
+            found |= {piece.key: bucket for piece in quota.slices}
+    return found
+
+
+def ties(shares: Iterable[WeightShare], coarse: Sparse, fine: Sparse) -> dict[str, Tie]:
+    """The exact threshold of every slice that loses weights, by slice key."""
+    found: dict[str, Tie] = {}
+    for share in shares:
+        found |= _ties(share, coarse, fine)
+    return found
+
+
+def _counts(quota: Quota, arrays: Sparse) -> Counts:
+    return np.asarray(sum(counts_of(piece, arrays) for piece in quota.slices), dtype=np.int64)
+
+
+def _thresholds(share: WeightShare, coarse: Sparse) -> list[tuple[Quota, int]]:
+    """Each parameter that loses weights, with the bucket of its threshold: the global one, or its own cap's below."""
+    k = share.budget.achieved
+    if not k:
+        return []
+    given = np.zeros(BUCKETS, dtype=np.int64)
+    for quota in share.quotas:
+        given += np.minimum(np.cumsum(_counts(quota, coarse)), quota.cap)
+    common = int(np.searchsorted(given, k))
+    found = []
+    for quota in share.quotas:
+        upto = np.cumsum(_counts(quota, coarse))
+        own = int(np.searchsorted(upto, quota.cap)) if quota.cap else BUCKETS
+        if quota.cap and upto[common]:
+            found.append((quota, min(own, common)))
+    return found
+
+
+def _ties(share: WeightShare, coarse: Sparse, fine: Sparse) -> dict[str, Tie]:
+    chosen = _thresholds(share, coarse)
+    if not chosen:
+        return {}
+    common = max(bucket for _, bucket in chosen)
+    before = [int(_counts(quota, coarse)[:bucket].sum()) for quota, bucket in chosen]
+    within = [np.cumsum(_counts(quota, fine)) for quota, _ in chosen]
+    given = np.zeros(BUCKETS, dtype=np.int64)
+    for (quota, bucket), start, upto in zip(chosen, before, within, strict=True):
+        given += np.minimum(start + upto, quota.cap) if bucket == common else quota.cap
+    low = int(np.searchsorted(given, share.budget.achieved))
+    left = share.budget.achieved - (int(given[low - 1]) if low else _start(chosen, before, common))
+    found: dict[str, Tie] = {}
+    for (quota, bucket), start, upto in zip(chosen, before, within, strict=True):
+        own = int(np.searchsorted(upto, quota.cap - start))
+        if bucket < common or own < low:  # its own cap comes first
+            taken = quota.cap - start - (int(upto[own - 1]) if own else 0)
+            found |= _spread(quota, bucket, own, taken, fine)
+        else:
+            below = int(upto[low - 1]) if low else 0
+            taken = min(int(upto[low]) - below, quota.cap - start - below, left)
+            left -= taken
+            found |= _spread(quota, bucket, low, taken, fine)
+    if left:
+        raise Malformed(f"the two histograms disagree by {left} weights in domain {share.budget.domain}")
+    return found
+
+
+def _start(chosen: Sequence[tuple[Quota, int]], before: Sequence[int], common: int) -> int:
+    """Weights that go before the first key of the common bucket."""
+    return sum(
+        min(start, quota.cap) if bucket == common else quota.cap
+        for (quota, bucket), start in zip(chosen, before, strict=True)
+    )
+
+
+def _spread(quota: Quota, bucket: int, low: int, equal: int, fine: Sparse) -> dict[str, Tie]:
+    """The parameter's threshold for each slice; of what is equal to it, the first `equal` in flat order go."""
+    found = {}
+    for piece in quota.slices:
+        here = min(int(counts_of(piece, fine)[low]), equal)
+        equal -= here
+        found[piece.key] = Tie(below=(bucket << 16) | low, equal=here)
+    return found
