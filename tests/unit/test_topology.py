@@ -254,6 +254,29 @@ def test_linear_layers_over_a_sequence() -> None:
     assert [g.id for g in trace(Chain(nn.ReLU()), torch.randn(2, 5, 6)).groups] == ["0"]
 
 
+def test_a_gated_product_is_measured_once_at_its_linear_factor() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    topology = trace(Gated(), VECTOR)
+    assert {m.parameter for m in topology.group("gate").members} >= {"gate.weight", "up.bias", "down.weight"}
+    assert topology.group("gate").gates == ("up",)
+
+
+def test_each_part_of_a_split_is_judged_by_its_own_way() -> None:
+    model = Split()
+    model.left = nn.Sequential(nn.ReLU(), model.left)
+    model.right = nn.Sequential(nn.Softmax(1), model.right)
+    topology = trace(model, IMAGE)
+    assert [g.id for g in topology.groups] == ["stem[0:6]"]
+    assert "Softmax may mix units" in reason(topology, "stem[6:10]")
+
+
 def test_sigmoid_is_declined_unless_declared() -> None:
     topology = trace(Chain(nn.Sigmoid()), VECTOR)
     assert topology.groups == ()
