@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leyline import layout
-from leyline.digest import digest_bytes, sha256_hex
+from leyline.digest import ObjectDigest, digest_bytes, sha256_hex
 from leyline.ids import parameter_uuid
 from leyline.masks import Masks
 from leyline.messages import (
@@ -26,7 +26,7 @@ from leyline.messages import (
     WorkLimits,
 )
 from leyline.ready import seal_ready
-from leyline.store import ObjectStore
+from leyline.store import Data, ObjectStore
 from leyline.topology import Group, Kind, Member, Parameter, Topology
 
 MODEL_ID = "toy"
@@ -178,21 +178,30 @@ def make_run(
     step: int = 100,
     importance: bytes | None = None,
     more: Mapping[str, bytes] | None = None,
+    written: Mapping[str, tuple[Iterable[Data], ObjectDigest]] | None = None,
+    pad: int = 8,
 ) -> Run:
     """Write one checkpoint with READY.json, unsigned. `importance` becomes importance.safetensors, `more` as it is.
 
-    The log is not touched.
+    `written` streams the weights, too large for memory, instead of `weights`. The log is not touched.
     """
     topology = topology or toy_topology()
-    weights = toy_weights(topology, dtype) if weights is None else weights
-    objects = {"model.safetensors": safetensors(weights)} if shards == 1 else sharded(weights, shards)
-    paths = tuple(objects)
+    written = written or {}
+    weights = {} if written else toy_weights(topology, dtype) if weights is None else weights
+    objects: dict[str, bytes] = {}
+    if not written:
+        objects = {"model.safetensors": safetensors(weights, pad=pad)} if shards == 1 else sharded(weights, shards)
+    paths = (*written, *objects)
+    listed = [StoredObject(path=path, digest=digest) for path, (_, digest) in written.items()]
+    for path, (chunks, digest) in written.items():
+        store.put_stream(layout.checkpoint(f"{step}-0-{step:08x}", path), chunks, size=digest.size)
     if slots:
         objects["optimizer.safetensors"] = safetensors(slots)
     objects["topology.json"] = topology.canonical()
     if importance is not None:
         objects["importance.safetensors"] = importance
     objects |= more or {}
+    listed += [StoredObject(path=path, digest=digest_bytes(data)) for path, data in objects.items()]
     name = f"{step}-0-{step:08x}"
     metadata = CheckpointMetadata(
         idempotency_key=name,
@@ -207,9 +216,9 @@ def make_run(
         optimizer="optimizer.safetensors" if slots else None,
         topology="topology.json",
         importance=None if importance is None else "importance.safetensors",
-        objects=tuple(StoredObject(path=path, digest=digest_bytes(data)) for path, data in objects.items()),
+        objects=tuple(listed),
         num_params=sum(parameter.size for parameter in topology.parameters.values()),
-        num_bytes=sum(len(objects[path]) for path in paths),
+        num_bytes=sum(stored.digest.size for stored in listed if stored.path in paths),
     )
     for path, data in objects.items():
         store.put_if_absent(layout.checkpoint(name, path), data)

@@ -19,11 +19,12 @@ from kasmina.formats.index import bind, read_index
 from kasmina.rewrite import copy_masked, zeroed_weights
 from leyline import exits, layout, tensors
 from leyline.answers import result_digest
+from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
 from leyline.candidate import Copied, copy_tasks
 from leyline.claims import Task, share
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust, trust_from_environment
-from leyline.masks import Bits, Masks
+from leyline.masks import Masks
 from leyline.messages import (
     Candidate,
     CheckpointMetadata,
@@ -113,9 +114,9 @@ def decided_masks(store: ObjectStore, decision: Decision, topology: Topology) ->
     )
 
 
-def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], topology: Topology) -> Mapping[str, Bits]:
+def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], topology: Topology) -> Packed:
     """Basic pruning's active bits by parameter, from the packed bits in the answers that the decision names."""
-    weights: dict[str, Bits] = {}
+    weights: dict[str, PackedBits] = {}
     for item in decisions:
         name, start, stop = item.slice.parameter, item.slice.start, item.slice.stop
         parameter = topology.parameters.get(name)
@@ -127,10 +128,10 @@ def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], top
         packed = arrays.get(f"{item.slice.key}/mask")
         if packed is None or packed.dtype != np.uint8 or packed.shape != ((stop - start + 7) // 8,):
             raise Malformed(f"{item.answer} holds no {stop - start} packed bits of {item.slice.key}")
-        active = np.unpackbits(packed, count=stop - start, bitorder="little").view(np.bool_)
+        active = window(packed, 0, stop - start)
         if not active.all():
-            weights.setdefault(name, np.ones(parameter.size, dtype=np.bool_))[start:stop] = active
-    return weights
+            clear(weights.setdefault(name, ones(parameter.size)), start, active)
+    return Packed(weights, {name: topology.parameters[name].size for name in weights})
 
 
 def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int) -> tuple[str, ...]:

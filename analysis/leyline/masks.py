@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leyline import tensors
+from leyline.bits import WINDOW, Bits, Packed, PackedBits, window
 from leyline.model import Malformed, Value, canonical_json
 from leyline.topology import Group, Kind, Member, Parameter
-
-Bits = NDArray[np.bool_]
 
 
 class _Header(Value):
@@ -38,6 +37,8 @@ class Dead:
 
     shape: tuple[int, ...]
     parts: tuple[tuple[tuple[int, ...], Bits], ...]
+    single: PackedBits | None = None
+    """Active bits of single weights, flat and packed; those not set are pruned too."""
 
     def zero(self, flat: NDArray[Any], offset: int) -> None:
         """Assign 0 to the pruned elements of `flat`, elements [offset, offset+len) of the parameter in C order.
@@ -46,12 +47,14 @@ class Dead:
         """
         for view, bits in self.parts:
             _fill(flat, offset, view, bits, flat.dtype.type(0))
+        self._fill_single(flat, offset, flat.dtype.type(0))
 
     def range(self, start: int, stop: int) -> Bits:
         """True where an element of [start, stop), in C order, is pruned."""
         found = np.zeros(stop - start, dtype=np.bool_)
         for view, bits in self.parts:
             _fill(found, start, view, bits, np.True_)
+        self._fill_single(found, start, np.True_)
         return found
 
     def touches(self, start: int, stop: int) -> bool:
@@ -61,6 +64,13 @@ class Dead:
     def full(self) -> Bits:
         """The pruned elements as an array of the parameter's shape."""
         return self.range(0, int(np.prod(self.shape, dtype=np.int64))).reshape(self.shape)
+
+    def _fill_single(self, flat: NDArray[Any], offset: int, value: Any) -> None:
+        if self.single is None:
+            return
+        for at in range(0, flat.size, WINDOW):
+            piece = flat[at : at + WINDOW]
+            np.copyto(piece, value, where=~window(self.single, offset + at, offset + at + piece.size))
 
 
 def _fill(flat: NDArray[Any], offset: int, view: tuple[int, ...], bits: Bits, value: Any) -> None:
@@ -110,26 +120,31 @@ class Masks:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     """Every parameter that a group or a weight mask names."""
     weights: Mapping[str, Bits] = field(default_factory=dict)
-    """Parameter -> active bits, flat in C order; parameters with nothing pruned are left out."""
+    """Parameter -> active bits, flat in C order (Packed where there are many); parameters that lose none are left out."""
 
     def __bool__(self) -> bool:
         return bool(self.units or self.weights)
 
     def dead(self, parameter: str) -> Dead | None:
         """What is pruned of a parameter (canonical name), or None."""
-        return self._dead.get(parameter)
+        single = self._single.packed.get(parameter)
+        parts = self._parts.get(parameter, ())
+        if single is None and not parts:
+            return None
+        return Dead(self.parameters[parameter].shape, tuple(parts), single)
 
     @cached_property
-    def _dead(self) -> dict[str, Dead]:
+    def _parts(self) -> dict[str, list[tuple[tuple[int, ...], Bits]]]:
         parts: dict[str, list[tuple[tuple[int, ...], Bits]]] = {}
         for id_, active in self.units.items():
             for member in self.groups[id_].members:
                 shape = self.parameters[member.parameter].shape
                 parts.setdefault(member.parameter, []).append(member_dead(member, shape, ~active))
-        for name, active in self.weights.items():
-            shape = self.parameters[name].shape
-            parts.setdefault(name, []).append(((active.size,), ~active))
-        return {name: Dead(self.parameters[name].shape, tuple(p)) for name, p in parts.items()}
+        return parts
+
+    @cached_property
+    def _single(self) -> Packed:
+        return Packed.of(self.weights)
 
     def pruned(self, group: str) -> Bits | None:
         """Pruned units of a group, or None where it has none."""
@@ -142,7 +157,7 @@ class Masks:
             kind = self.groups[id_].kind.value
             found[kind] = found.get(kind, 0) + int((~active).sum())
         if self.weights:
-            found[Kind.WEIGHT.value] = sum(int((~active).sum()) for active in self.weights.values())
+            found[Kind.WEIGHT.value] = self._single.pruned()
         return found
 
     def union(self, other: Masks) -> Masks:
@@ -154,7 +169,7 @@ class Masks:
             groups={**self.groups, **other.groups},
             units=_both(self.units, other.units),
             parameters={**self.parameters, **other.parameters},
-            weights=_both(self.weights, other.weights),
+            weights=self._single.both(other._single),
         )
 
     def exceeds(self, other: Masks) -> bool:
@@ -171,10 +186,10 @@ class Masks:
         header = _Header(
             model_id=self.model_id,
             groups=tuple(self.groups[id_] for id_ in sorted(self.units)),
-            parameters={name: self.parameters[name] for name in sorted(self._dead)},
+            parameters={name: self.parameters[name] for name in sorted({*self._parts, *self._single})},
         )
         arrays = {f"group/{id_}": np.packbits(bits, bitorder="little") for id_, bits in self.units.items()}
-        arrays |= {f"weight/{name}": np.packbits(bits, bitorder="little") for name, bits in self.weights.items()}
+        arrays |= {f"weight/{name}": bits for name, bits in self._single.packed.items()}
         return tensors.pack(arrays, {"masks": canonical_json(header.model_dump(mode="json")).decode()})
 
     @classmethod
@@ -186,7 +201,7 @@ class Masks:
         header = _Header.parse(metadata["masks"].encode(), name=name)
         groups = {group.id: group for group in header.groups}
         units: dict[str, Bits] = {}
-        weights: dict[str, Bits] = {}
+        weights: dict[str, PackedBits] = {}
         for key, packed in arrays.items():
             family, _, owner = key.partition("/")
             if family == "group" and owner in groups:
@@ -197,12 +212,17 @@ class Masks:
                 raise Malformed(f"{name}: tensor {key} belongs to nothing in its header")
             if packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
                 raise Malformed(f"{name}: tensor {key} should hold {size} packed bits, it has shape {packed.shape}")
-            bits = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
-            (units if family == "group" else weights)[owner] = bits
+            if size % 8 and packed[-1] >> size % 8:
+                raise Malformed(f"{name}: tensor {key} sets bits behind its {size}; it was not written by emrakul")
+            if family == "group":
+                units[owner] = window(packed, 0, size)
+            else:
+                weights[owner] = packed
         for group in header.groups:
             if missing := [m.parameter for m in group.members if m.parameter not in header.parameters]:
                 raise Malformed(f"{name}: group {group.id} names {missing[0]}, which its header does not list")
-        return cls(header.model_id, groups, units, header.parameters, weights)
+        sizes = {owner: header.parameters[owner].size for owner in weights}
+        return cls(header.model_id, groups, units, header.parameters, Packed(weights, sizes))
 
     def summary(self) -> str:
         """For people: "3 channels, 1 head"."""

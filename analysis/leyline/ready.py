@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from leyline import layout
-from leyline.envelope import SigningKey, Trust, open_envelope, seal
+from leyline.envelope import Role, SigningKey, Trust, open_envelope, seal
 from leyline.messages import CheckpointMetadata
 from leyline.model import Malformed
 from leyline.store import ObjectStore
 
 PAYLOAD = "application/vnd.emrakul.checkpoint+json"
+WRITERS: tuple[Role, ...] = ("trainer",)
 
 
 def seal_ready(metadata: CheckpointMetadata, keys: Sequence[SigningKey]) -> bytes:
@@ -24,7 +25,7 @@ def read_ready(store: ObjectStore, name: str, trust: Trust | None) -> Checkpoint
     NotFound where there is no such checkpoint, Damaged or Untrusted for the envelope, Malformed for what it says.
     """
     key = layout.checkpoint(name, layout.READY)
-    payload = open_envelope(store.get(key), PAYLOAD, trust, roles=("trainer",), name=key)
+    payload = open_envelope(store.get(key), PAYLOAD, trust, roles=WRITERS, name=key)
     metadata = CheckpointMetadata.parse(payload, name=key)
     if metadata.name != name:
         raise Malformed(f"{key} speaks of checkpoint {metadata.name}; it was copied there, publish it again")
