@@ -27,6 +27,11 @@ def results(cycle: str) -> str:
     return f"reports/results-{cycle}.json"
 
 
+def recovery(record: int) -> str:
+    """What recovery validation found after the rollback that is log record `record`."""
+    return f"reports/recovery-{record}.json"
+
+
 def requests(cycle: str, round_: int) -> str:
     return f"cycles/{cycle}/requests-{round_}.json"
 

@@ -96,6 +96,11 @@ class LocalStore:
                 with suppress(OSError):
                     (self._root / parent).rmdir()
 
+    def abort_stale(self, older_than: datetime) -> int:
+        folder = self._root / TEMPORARY
+        with self._told(TEMPORARY):
+            return _sweep(folder, older_than.timestamp()) if folder.is_dir() else 0
+
     def now(self) -> datetime:
         try:
             with self._temporary() as (file, _):
@@ -159,7 +164,7 @@ class LocalStore:
         with self._told(TEMPORARY):
             _make_folders(folder)
             if not self._swept:
-                _sweep(folder)
+                _sweep(folder, time.time() - _ABANDONED_AFTER)
                 self._swept = True
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -287,13 +292,15 @@ def _fsync_folder(folder: Path) -> None:
         os.close(file)
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what writers that were killed left behind."""
-    oldest = time.time() - _ABANDONED_AFTER
+def _sweep(folder: Path, oldest: float) -> int:
+    """Removes what writers that were killed left behind before `oldest` (seconds since 1970); how many there were."""
+    swept = 0
     for path in folder.iterdir():
         with suppress(OSError):
             if path.stat().st_mtime < oldest:
                 path.unlink()
+                swept += 1
+    return swept
 
 
 def _rename_no_replace(temporary: Path, target: Path) -> bool:

@@ -63,6 +63,9 @@ class Reason(StrEnum):
     PROOF_FAILED = "DeadUnitProofFailed"
     STRUCTURE = "StructureChanged"
     CONSTRAINT = "ConstraintBroken"
+    # RolledBack: the run itself went back
+    ASKED = "RollbackRequested"
+    PROBATION = "WorseAfterPruning"
     # Failed
     INVALID_INPUT = "InvalidInput"
     UNTRUSTED = "Untrusted"
@@ -116,6 +119,8 @@ OUTCOME_OF: dict[Reason, Outcome] = {
             Reason.PROOF_FAILED,
             Reason.STRUCTURE,
             Reason.CONSTRAINT,
+            Reason.ASKED,
+            Reason.PROBATION,
         ),
         Outcome.ROLLED_BACK,
     ),
@@ -159,6 +164,8 @@ REMEDY: dict[Reason, str] = {
     Reason.PROOF_FAILED: "The masks do not stand for removal: declare the group's structure, or exclude it.",
     Reason.STRUCTURE: "The candidate differs from its base outside the masks; look for a second writer.",
     Reason.CONSTRAINT: "The decision breaks a hard constraint and was refused.",
+    Reason.ASKED: "End the hold (emrakul resume RUN) once the cause is settled; trainers restart from the tip.",
+    Reason.PROBATION: "Nothing to do: the trainer restarts from the pair before the masks that made it worse.",
     Reason.INVALID_INPUT: "Publish a valid checkpoint; the message names the object and the rule.",
     Reason.UNTRUSTED: "Sign with a trusted key, or add the publisher's key to the trust folder.",
     Reason.STORE_REVERTED: "Stop, and restore the log: it is shorter or other than what was seen before.",

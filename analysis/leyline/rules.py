@@ -113,9 +113,11 @@ def _rollback(state: RunState, draft: Draft) -> Refusal:
     target = state.pair(draft.body.to)
     if target is None:
         return f"record {draft.body.to} is no pair, or is retired; `emrakul history` lists them"
-    if target.record == state.tip and draft.body.by != "person":
+    # a person who asks for "the last good pair" names none: what another rollback condemned meanwhile stays so
+    named = draft.body.by == "person" and draft.body.strategy in ("named", "baseline")
+    if target.record == state.tip and not named:
         return f"record {draft.body.to} is already the tip"
-    if target.condemned and draft.body.by != "person":
+    if target.condemned and not named:
         return f"record {draft.body.to} was condemned by a rollback; only a person may name it"
     return None
 

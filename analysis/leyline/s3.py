@@ -224,6 +224,28 @@ class S3Store:
         with suppress(NotFound):
             self._ask(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=name))
 
+    def abort_stale(self, older_than: datetime) -> int:
+        wanted: dict[str, Any] = {"Prefix": self._prefix}
+        stale = []
+        while True:
+            page = self._ask(
+                "unfinished uploads", lambda: self._client.list_multipart_uploads(Bucket=self._bucket, **wanted)
+            )
+            stale += [upload for upload in page.get("Uploads", []) if upload["Initiated"] < older_than]
+            if not page.get("IsTruncated"):
+                break
+            wanted |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        for upload in stale:
+            self._throw_away(upload["Key"], upload["UploadId"])
+        return len(stale)
+
+    def _throw_away(self, name: str, upload: str) -> None:
+        with suppress(NotFound):  # completed or aborted since the listing
+            self._ask(
+                name.removeprefix(self._prefix),
+                lambda: self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload),
+            )
+
     def now(self) -> datetime:
         answer = self._ask(
             "the clock",

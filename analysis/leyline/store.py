@@ -117,6 +117,10 @@ class ObjectStore(Protocol):
         """Remove one object; removing what is not there is no error. Only gc calls this."""
         ...
 
+    def abort_stale(self, older_than: datetime) -> int:
+        """Throw away unfinished uploads that began before `older_than`; how many there were. Only gc calls this."""
+        ...
+
     def now(self) -> datetime:
         """The store's clock (UTC)."""
         ...
