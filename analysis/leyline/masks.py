@@ -120,7 +120,7 @@ class Masks:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     """Every parameter that a group or a weight mask names."""
     weights: Mapping[str, Bits] = field(default_factory=dict)
-    """Parameter -> active bits, flat in C order (Packed where there are many); parameters that lose none are left out."""
+    """Parameter -> active bits, flat in C order; parameters that lose none are left out. Packed where they are many."""
 
     def __bool__(self) -> bool:
         return bool(self.units or self.weights)
