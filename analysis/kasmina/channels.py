@@ -72,9 +72,7 @@ class _Reader:
         if claimed.all() or (f"{root}.weight", _rows(module)) in self.traced.taken:
             return [], []
         units = np.flatnonzero(~claimed)
-        first = self.traced.closure(
-            module, units[:1].tolist()
-        )  # one unit tells most refusals, at a small part of the cost
+        first = self.traced.closure(module, units[:1].tolist())  # tells most refusals, and cheaply
         try:
             self.traced.check(first)
             segments = self._segments(self.traced.closure(module, units.tolist()), units)

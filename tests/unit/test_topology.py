@@ -191,12 +191,9 @@ def test_depthwise_convolution_has_the_same_index_on_axis_0_and_no_column() -> N
     model = Depthwise()
     topology = trace(model, IMAGE)
     group = topology.group("expand")
-    assert [m for m in spans(group) if m[0].startswith("depthwise")] == [
+    assert {place for place in spans(group) if place[0].startswith("depthwise")} == {
         ("depthwise.weight", "producer", 0, 0, 1, 1),
         ("depthwise.bias", "producer", 0, 0, 1, 1),
-    ] or {m[:3] for m in spans(group) if m[0].startswith("depthwise")} == {
-        ("depthwise.weight", "producer", 0),
-        ("depthwise.bias", "producer", 0),
     }
     assert group.gates == ("norm2",)  # norm1 feeds the same units once more
     noticed = {m.parameter for m in group.members} - {name for name, _ in proven(model, IMAGE, topology, "expand")}
@@ -488,13 +485,11 @@ def test_a_residual_branch_is_its_closing_weight_and_norm() -> None:
     assert (group.units, group.gates) == (1, ("layer1.1",))
     assert group.upstream == ("layer1.1.conv1.weight", "layer1.1.bn1.weight", "layer1.1.bn1.bias")
     assert faults(lively(model), DIGIT, topology, group) == ""
-    short = group.model_copy(update={"members": group.members[:1]})
     with torch.no_grad():  # masking is removing: the block is then its shortcut alone
         for name, where in dead(topology, group, group.members, [0]).items():
             model.get_parameter(name)[where] = 0
         x = torch.rand(2, 16, 4, 4)
         assert torch.equal(model.layer1[1](x), x)
-    assert faults(model, DIGIT, topology, short) == ""
 
 
 def test_a_shortcut_that_projects_or_is_missing_is_declined() -> None:
