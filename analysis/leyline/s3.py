@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 from copy import copy
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -225,12 +225,10 @@ class S3Store:
             self._ask(key, lambda: self._client.delete_object(Bucket=self._bucket, Key=name))
 
     def abort_stale(self, older_than: datetime) -> int:
-        wanted: dict[str, Any] = {"Prefix": self._prefix}
+        wanted: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix}
         stale = []
         while True:
-            page = self._ask(
-                "unfinished uploads", lambda: self._client.list_multipart_uploads(Bucket=self._bucket, **wanted)
-            )
+            page = self._ask("unfinished uploads", partial(self._client.list_multipart_uploads, **wanted))
             stale += [upload for upload in page.get("Uploads", []) if upload["Initiated"] < older_than]
             if not page.get("IsTruncated"):
                 break
