@@ -216,7 +216,7 @@ def test_floor_of_a_fifth_of_every_group_is_within_retention() -> None:
     ("pruned", "inherited", "says"),
     [
         ({"block0": (0,)}, {}, None),
-        ({"block0": (0,), "block1": (0,)}, {}, "may give 1 more of its 5 layers (0 are masked, max_layer_removal is 0.2"),
+        ({"block0": (0,), "block1": (0,)}, {}, "may give 1 more of its 5 layers (0 are masked, max_layer_removal"),
         ({"block1": (0,)}, {"block0": [0]}, "may give 0 more of its 5 layers (1 are masked"),
         ({"block0": (0,)}, {"block0": [0]}, "unit 0 of group block0 is masked already"),
         ({"block9": (0,)}, {}, "names group block9, which the checkpoint does not have"),
