@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -169,12 +169,12 @@ class _Worker:
     sleep: Callable[[float], None]
     # Tells our attempt from one of an earlier process with the same worker number.
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    gone: dict[str, frozenset[int]] = field(default_factory=dict)
+    gone: dict[str, frozenset[int]] | None = None
+    """Attempts of an earlier process with our number, found at the first look."""
 
     def run(self) -> Share:
         done: list[str] = []
         own, others = order(self.tasks, worker=self.number, of=self.of)
-        self.gone = self._of_earlier_self()
         states = self._look()
         pause = 0.02
         while True:
@@ -202,23 +202,22 @@ class _Worker:
             if task not in own or not any(self._may_begin(states[task.id]) for task in own):
                 states = self._look()
 
-    def _read(self) -> dict[str, TaskState]:
-        return read_states(self.store, cycle=self.cycle, tasks=self.tasks, limits=self.limits)
+    def _look(self) -> dict[str, TaskState]:
+        states = read_states(self.store, cycle=self.cycle, tasks=self.tasks, limits=self.limits)
+        if self.gone is None:
+            self.gone = self._of_earlier_self(states)
+        for id_, gone in self.gone.items():
+            gone &= states[id_].live
+            states[id_] = replace(states[id_], live=states[id_].live - gone, dead=states[id_].dead | gone)
+        return states
 
-    def _of_earlier_self(self) -> dict[str, frozenset[int]]:
+    def _of_earlier_self(self, states: Mapping[str, TaskState]) -> dict[str, frozenset[int]]:
         """Live attempts with our number: those of a process before us, which is gone, so nobody need wait for them."""
         return {
             id_: frozenset(n for n in state.live if self._owner(id_, n) == self.number)
-            for id_, state in self._read().items()
+            for id_, state in states.items()
             if not self._over(state)
         }
-
-    def _look(self) -> dict[str, TaskState]:
-        states = {}
-        for id_, state in self._read().items():
-            gone = state.live & self.gone.get(id_, frozenset())
-            states[id_] = replace(state, live=state.live - gone, dead=state.dead | gone)
-        return states
 
     def _owner(self, id_: str, attempt: int) -> int:
         text = self.store.get(f"{layout.attempts(self.cycle, id_)}{attempt}").decode()
