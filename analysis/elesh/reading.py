@@ -62,14 +62,14 @@ class Reader:
         self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="read")
         self.ahead = ahead
         self.bytes_read = 0
-        self._last: tuple[object, int, bytes] | None = None
+        self._last: tuple[Source, int, bytes] | None = None
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def stream(self, extents: Sequence[Extent]) -> Iterator[memoryview]:
         """The bytes of each extent, in their order. A chunk that neighbours share is read once."""
-        fetched = self._fetch(self._wanted(extents))
+        fetched = self._fetch(self._missing(extents))
         for extent in extents:
             pieces = []
             for number in extent.chunks:
@@ -82,15 +82,18 @@ class Reader:
                 pieces.append(memoryview(self._last[2])[max(extent.start - at, 0) : extent.stop - at])
             yield pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
-    def _wanted(self, extents: Sequence[Extent]) -> Iterator[tuple[Source, int]]:
+    def _missing(self, extents: Sequence[Extent]) -> list[tuple[Source, int]]:
+        """The chunks to read, in order; now, as long as the last one is known."""
         held = self._last[:2] if self._last else None
+        wanted = []
         for extent in extents:
             for number in extent.chunks:
                 if held != (extent.source, number):
                     held = (extent.source, number)
-                    yield extent.source, number
+                    wanted.append(held)
+        return wanted
 
-    def _fetch(self, wanted: Iterator[tuple[Source, int]]) -> Iterator[bytes]:
+    def _fetch(self, wanted: Sequence[tuple[Source, int]]) -> Iterator[bytes]:
         waiting: deque[Future[bytes]] = deque()
         try:
             for source, number in wanted:

@@ -45,7 +45,9 @@ class Weights:
         digest = metadata.object(metadata.topology).digest
         data = verified_range(store, prefix + metadata.topology, digest, 0, digest.size)
         topology = Topology.parse(data, name=prefix + metadata.topology)
-        bound = bind(read_index(store, prefix, metadata), topology)
+        # What else is listed is not ours to judge: bad statistics must not pass for bad weights.
+        only = {"objects": tuple(stored for stored in metadata.objects if stored.path in metadata.weights)}
+        bound = bind(read_index(store, prefix, metadata.model_copy(update=only)), topology)
         return cls(store, metadata, topology, {name: found[0] for name, found in bound.items()})
 
     @cached_property

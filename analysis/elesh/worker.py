@@ -6,8 +6,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -188,6 +190,13 @@ def run(
 
 
 def peak_rss() -> int:
-    """Bytes of memory that this process held at most."""
+    """Bytes of memory that this process held at most.
+
+    From VmHWM where there is /proc: ru_maxrss of a child begins at what its parent held when it was started.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
