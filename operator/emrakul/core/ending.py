@@ -8,6 +8,7 @@ from emrakul.finding import Finding
 from leyline import layout
 from leyline.fold import RunState
 from leyline.messages import AnalysisResults, Candidate, Decision, GateResult, Stage, Verdict
+from leyline.policy import Ladder
 from leyline.reasons import OUTCOME_OF, Outcome, Reason
 from leyline.records import Admit, Draft, Prune
 from leyline.records import Outcome as OutcomeBody
@@ -137,7 +138,7 @@ def check_verdict(verdict: Verdict, s: Snapshot, candidate: Candidate) -> None:
         raise ValueError(f"the verdict speaks of {found}, the candidate is {expected}; nothing is committed")
 
 
-def _ladder(s: Snapshot, finding: Finding) -> schedule.Ladder:
+def _ladder(s: Snapshot, finding: Finding) -> Ladder:
     gate: GateResult | None = None
     if s.here and s.here.verdict:
         gate = next((gate for gate in s.here.verdict.gates if gate.against == "base"), None)
