@@ -41,6 +41,13 @@ def checkpoint_step(name: str) -> int:
     return int(match[1])
 
 
+def checkpoint_term(name: str) -> int:
+    """The term of the trainer that named this checkpoint."""
+    if not (match := _CHECKPOINT.match(name)):
+        raise ValueError(f"{name!r} is no checkpoint name; it looks like 4000-1-0f3a9b2c (step, term, nonce)")
+    return int(match[2])
+
+
 def cycle_name(base: int, settings_digest: str) -> str:
     """Deterministic: the same base record and settings are the same cycle, whoever asks for it."""
     return f"c{base}-{settings_digest[:10]}"
