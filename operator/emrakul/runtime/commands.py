@@ -16,3 +16,8 @@ def command(phase: Phase, *, cycle_uri: str, step: int, launch: int, worker: int
             return ("-m", "kasmina.apply", *common, "--base", str(step), *share)
         case Phase.VALIDATE:
             return ("-m", "urabrask", *common, "--base", str(step))
+
+
+def recheck(*, run_uri: str, record: int) -> tuple[str, ...]:
+    """Arguments after the interpreter for the recovery validation of one record's pair."""
+    return ("-m", "urabrask", "--run", run_uri, "--record", str(record))
