@@ -1,27 +1,41 @@
-"""The progressive schedule and the circuit breaker: what a cycle may do, and what is remembered of its end. Pure."""
+"""The progressive schedule and the circuit breaker: which stage a checkpoint gets, and what an outcome changes. Pure.
+
+The ladder remembers the rung that commits; epochs, a hold, the breaker and guidance only keep below it.
+"""
 
 from __future__ import annotations
 
 from emrakul.settings import Settings
 from leyline.messages import GateResult, Stage, SystemStatePacket
 from leyline.policy import Breaker, Ladder
-from leyline.reasons import Outcome, Reason, breaks
+from leyline.reasons import OUTCOME_OF, Outcome, Reason, breaks
 
-_ORDER = (Stage.VALIDATION_ONLY, Stage.CONSERVATIVE, Stage.MODERATE, Stage.AGGRESSIVE)
+__all__ = ["Breaker", "Ladder", "breaker_after", "breaker_lets", "ladder_after", "stage_for"]
+
+ORDER = tuple(Stage)
+"""ValidationOnly, Conservative, Moderate, Aggressive."""
+GOOD_SHARE = 0.5
+"""Part of the allowed drop that a cycle may use up and still count for promotion."""
 
 
 def stage_for(
-    *, epoch: int, ladder: Ladder, breaker: Breaker, hold: str | None, cap: Stage | None, settings: Settings
+    *,
+    epoch: int,
+    ladder: Ladder,
+    breaker: Breaker,
+    hold: str | None,
+    cap: Stage | None,
+    settings: Settings,
 ) -> Stage:
-    """The stage of a cycle on a checkpoint of `epoch` (epochs count from 1).
+    """The stage of a cycle on a checkpoint of `epoch`.
 
-    ValidationOnly in the first epochs, under a person's hold, and while the breaker only probes; else the ladder's
-    rung, never above `cap` (guidance).
+    `hold` is the rollback that a person has not resumed from, `cap` the highest stage that guidance allows.
     """
-    until = settings.structured_pruning.progressive_schedule.phase_1_epochs
-    if epoch <= until or hold is not None or breaker.state != "closed":
+    if epoch <= settings.structured_pruning.progressive_schedule.phase_1_epochs:
         return Stage.VALIDATION_ONLY
-    return min(ladder.stage, cap or Stage.AGGRESSIVE, key=_ORDER.index)
+    if hold is not None or breaker.state != "closed":
+        return Stage.VALIDATION_ONLY
+    return ladder.stage if cap is None else min(ladder.stage, cap, key=ORDER.index)
 
 
 def ladder_after(
@@ -33,49 +47,45 @@ def ladder_after(
     stage: Stage,
     settings: Settings,
 ) -> Ladder:
-    """The ladder after a cycle of `stage` ended.
+    """The ladder after a cycle at `stage`; `gate` is its comparison with its base, `packet` the training's newest.
 
-    Up: promotion_cycles commits in a row, each within half the allowed drop (`gate` against the base) of a training
-    that is stable; unknown holds. Down: a refused candidate, once the validation-only epochs are over. ValidatedOnly,
-    NothingToPrune, Skipped and Failed neither count nor break the streak.
+    A committed cycle counts for promotion if it cost at most half the allowed drop and training is stable; if its
+    state is unknown the streak holds, else it starts again. A refused candidate costs one stage.
     """
     if outcome is Outcome.ROLLED_BACK:
-        return ladder if stage is Stage.VALIDATION_ONLY else ladder.demoted()
-    if outcome is not Outcome.COMMITTED:
+        return ladder.demoted()
+    if outcome is not Outcome.COMMITTED or stage is not ladder.stage:
         return ladder
-    calm = packet is not None and packet.state == "stable"
-    small = gate is not None and gate.drop <= gate.allowed / 2
-    if (packet is not None and packet.state == "unstable") or not small:
+    allowed = float(settings.constraints.accuracy_drop_threshold) * GOOD_SHARE
+    state = packet.state if packet is not None else "unknown"
+    if gate is None or gate.drop > allowed or state == "unstable":
         return Ladder(stage=ladder.stage)
-    if not calm:
+    if state == "unknown" or ladder.stage is Stage.AGGRESSIVE:
         return ladder
-    streak = ladder.streak + 1
-    if streak < settings.structured_pruning.progressive_schedule.promotion_cycles or ladder.stage is _ORDER[-1]:
-        return Ladder(stage=ladder.stage, streak=streak)
-    return Ladder(stage=_ORDER[_ORDER.index(ladder.stage) + 1])
+    if ladder.streak + 1 < settings.structured_pruning.progressive_schedule.promotion_cycles:
+        return Ladder(stage=ladder.stage, streak=ladder.streak + 1)
+    return Ladder(stage=ORDER[ORDER.index(ladder.stage) + 1])
 
 
 def breaker_lets(breaker: Breaker, settings: Settings) -> bool:
-    """Whether a cycle may run: while open, one after settings.breaker.checkpoints checkpoints."""
+    """Whether a cycle may run: always while closed, one at ValidationOnly after enough checkpoints."""
     return breaker.state != "open" or breaker.checkpoints >= settings.breaker.checkpoints
 
 
 def breaker_after(breaker: Breaker, reason: Reason, settings: Settings) -> Breaker:
-    """The breaker after a cycle ended.
+    """The breaker after a cycle that ended for `reason`.
 
-    Failures in a row open it; once open, only the end of a cycle that was let through closes it, by its success.
+    Skipped cycles that never got to fail say nothing about health and change nothing. While it is not closed, only a
+    candidate that passed closes it; a new failure starts the wait again.
     """
-    if reason is Reason.BREAKER_OPEN:
-        return breaker
     if breaks(reason):
-        if breaker.state == "closed" and breaker.failures + 1 < settings.breaker.failures:
-            return Breaker(failures=breaker.failures + 1)
-        return Breaker(state="open", failures=breaker.failures + 1)
-    if reason in _PASSED:
+        failures = breaker.failures + 1
+        if breaker.state != "closed" or failures >= settings.breaker.failures:
+            return Breaker(state="open", failures=failures)
+        return Breaker(failures=failures)
+    outcome = OUTCOME_OF[reason]
+    if outcome in (Outcome.COMMITTED, Outcome.VALIDATED_ONLY):
         return Breaker()
-    # a cycle that was skipped, or found nothing to prune, says nothing about whether pruning works
-    return breaker if breaker.state == "closed" else breaker.model_copy(update={"checkpoints": 0})
-
-
-_PASSED = frozenset({Reason.PRUNED, Reason.STAGE, Reason.HELD, Reason.FEATURE_DISABLED, Reason.BREAKER_PROBE})
-"""Ends whose candidate passed its verdict."""
+    if outcome is Outcome.NOTHING_TO_PRUNE and breaker.state == "closed":
+        return Breaker()
+    return breaker
