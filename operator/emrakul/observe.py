@@ -44,7 +44,7 @@ class Observer:
         self._digests: dict[str, str] = {}
         self._unsigned = False
         self._read = lru_cache(maxsize=None)(self._read_once)
-        self._answer = lru_cache(maxsize=None)(self._answer_once)
+        self._answers: dict[str, answers.Answer | None] = {}
 
     def look(self, ask: Ask, *, jobs: Sequence[Job] = ()) -> tuple[Snapshot, datetime]:
         """The snapshot now, and the store's time of it."""
@@ -215,13 +215,15 @@ class Observer:
             )
         return tuple(rounds)
 
-    def _answer_once(self, key: str, request: StructuralAnalysisRequest) -> answers.Answer | None:
+    def _answer(self, key: str, request: StructuralAnalysisRequest) -> answers.Answer | None:
         """A valid answer without its arrays, or None: what is not valid does not count."""
-        try:
-            answer = answers.unpack(self.store.get(key), request, path=key)
-        except Malformed:
-            return None
-        return answers.Answer(answer.path, answer.message, {})
+        if key not in self._answers:
+            try:
+                answer = answers.unpack(self.store.get(key), request, path=key)
+                self._answers[key] = answers.Answer(answer.path, answer.message, {})
+            except Malformed:
+                self._answers[key] = None
+        return self._answers[key]
 
     def _bases(self, heads: dict[str, Head]) -> tuple[OnBase, ...]:
         """In the order in which the cycle came to them: records grow."""
