@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,8 +69,8 @@ class PairedCost:
     Medians throughout: a step that lies beside an evaluation or a publish is an outlier, not a cost.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._new_mark = CudaMark if device.type == "cuda" else WallMark
+    def __init__(self, mark: Callable[[], Mark]) -> None:
+        self._new_mark = mark
         self._marks: deque[tuple[Mark, bool]] = deque()
         self._last: deque[tuple[float, bool]] = deque(maxlen=3)
         self._plain: deque[float] = deque(maxlen=512)

@@ -56,7 +56,7 @@ class WeightSums:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Mean squared gradients by `weight/<parameter>`."""
-        return {f"weight/{name}": held.float().cpu().numpy() for name, held in self._sums.items()}
+        return {f"weight/{n}": held.to("cpu", torch.float32, copy=True).numpy() for n, held in self._sums.items()}
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The arrays, and the sum of weights behind each."""

@@ -144,18 +144,18 @@ class Sums:
 
     def effective_samples(self) -> list[float]:
         """D**2 / D2 of each group, both halves together; 0 where nothing was seen."""
-        both = self.counts.sum(0).double().cpu().numpy()
+        both = _host(self.counts.sum(0))
         return [float(d * d / d2) if d2 > 0 else 0.0 for d, d2 in both]
 
     def arrays(self, *, gradients: bool) -> tuple[dict[str, NDArray[np.float64]], tuple[str, ...]]:
         """Named as ImportanceStats says, and the groups they speak of. Without gradients there is no abs and sq."""
-        totals, counts = self.totals.double().cpu().numpy(), self.counts.double().cpu().numpy()
+        totals, counts = _host(self.totals), _host(self.counts)
         found: dict[str, NDArray[np.float64]] = {}
         names = []
         for index, group in enumerate(self._groups):
             if group.kind is Kind.LAYER:
                 if index in self.cosines:
-                    found[f"{group.id}/cos"] = self.cosines[index].double().cpu().numpy()
+                    found[f"{group.id}/cos"] = _host(self.cosines[index])
                     names.append(group.id)
                 continue
             if not counts[:, index, 0].any():
@@ -170,14 +170,14 @@ class Sums:
             if units[:, 3].any():
                 found[f"{group.id}/in"] = units[:, 3].sum(0)
             if index in self.grams:
-                found[f"{group.id}/gram"] = self.grams[index].double().cpu().numpy()
+                found[f"{group.id}/gram"] = _host(self.grams[index])
         return found, tuple(names)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything, to go on from later."""
-        found = {"totals": self.totals.double().cpu().numpy(), "counts": self.counts.double().cpu().numpy()}
-        found |= {f"cos/{index}": value.double().cpu().numpy() for index, value in self.cosines.items()}
-        return found | {f"gram/{index}": value.double().cpu().numpy() for index, value in self.grams.items()}
+        found = {"totals": _host(self.totals), "counts": _host(self.counts)}
+        found |= {f"cos/{index}": _host(value) for index, value in self.cosines.items()}
+        return found | {f"gram/{index}": _host(value) for index, value in self.grams.items()}
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]], steps: int) -> None:
         """Go on from a state of the same topology; the caller has compared the topologies."""
@@ -193,3 +193,9 @@ class Sums:
                 held[family][int(index)] = restored(array)
         self.cosines, self.grams = held["cos"], held["gram"]
         self.steps = steps
+
+
+def _host(tensor: Tensor) -> NDArray[np.float64]:
+    """A copy: what was handed out must not change with the next step."""
+    array: NDArray[np.float64] = tensor.to("cpu", torch.float64, copy=True).numpy()
+    return array

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kasmina.cost import Cost, PairedCost
+from kasmina.cost import Cost, CudaMark, PairedCost, WallMark
 from kasmina.fisher import Weights, WeightSums
 from kasmina.hooks import first_tensor
 from kasmina.isolation import IsolationCheck
@@ -95,7 +95,7 @@ class ImportanceTracker:
         self._weights: dict[Source, WeightSums] = {}
         if weights != "none":
             self._weights["tracked"] = WeightSums(topology, weights, decay)
-        self._cost = PairedCost(device)
+        self._cost = PairedCost(CudaMark if device.type == "cuda" else WallMark)
         self._isolation: IsolationCheck | None = None
         if isolation:
             domains = {name: topology.parameters[name].domain for name in self._parameters}
