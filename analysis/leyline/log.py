@@ -7,7 +7,7 @@ The state after each record lies beside it by digest, so nobody has to read the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from leyline import layout
@@ -16,7 +16,7 @@ from leyline.envelope import SigningKey, Trust, is_signed, open_envelope, seal
 from leyline.fold import RunState, fold
 from leyline.model import Malformed
 from leyline.records import WRITERS, Admit, Draft, Genesis, Record, writers
-from leyline.rules import refusal
+from leyline.rules import Refusal, refusal
 from leyline.store import Exists, NotFound, ObjectStore, StoreError
 
 PAYLOAD = "application/vnd.emrakul.record+json"
@@ -179,11 +179,12 @@ class Log:
         self._tail = entry
         return entry
 
-    def append(self, draft: Draft, *, base: int) -> Entry:
+    def append(self, draft: Draft, *, base: int, unless: Callable[[RunState], Refusal] | None = None) -> Entry:
         """Write `draft` after the newest record, if the rules still allow it there.
 
         Looks for `draft`'s id since record `base` first and returns that record if it is there: a restarted writer
-        finds its own work. NotAllowed says why not; the caller decides again from what the log says now.
+        finds its own work. NotAllowed says why not; the caller decides again from what the log says now. `unless`
+        is a rule of the caller's own, asked beside the log's.
         """
         # a cycle's name may never be admitted twice, wherever the caller started to look
         looked = min(base, draft.body.base) if isinstance(draft.body, Admit) else base
@@ -193,7 +194,7 @@ class Log:
                 if record.slot == draft.slot:
                     return self._entry(record.n)
             looked = tail.record.n
-            if why := refusal(tail.state, draft):
+            if why := refusal(tail.state, draft) or (unless and unless(tail.state)):
                 raise NotAllowed(why)
             try:
                 self._tail = self._write(tail, draft)
