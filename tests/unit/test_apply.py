@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -146,6 +145,20 @@ def test_one_three_and_seven_workers_write_the_same_bytes(tmp_path: Path) -> Non
     assert results[0] == results[1] == results[2]
 
 
+KILLED = """
+import os, signal, sys
+from kasmina import apply, rewrite
+whole = rewrite.stream
+def until_the_second_chunk(*args, **kwargs):
+    for number, chunk in enumerate(whole(*args, **kwargs)):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield chunk
+rewrite.stream = until_the_second_chunk
+apply.main(sys.argv[1:])
+"""
+
+
 def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path: Path) -> None:
     results = []
     for name in ("whole", "killed"):
@@ -154,13 +167,9 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path: Path) -> None:
         run = builders.make_run(store, topology=topology, weights=big_weights(topology))
         builders.decide(run, {"rows": (3, 70)}, limits=WorkLimits(beat_seconds=0.2))
         if name == "killed":
-            victim = subprocess.Popen(command(store, worker=0, of=2))
-            unfinished = tmp_path / name / ".tmp"
-            until = time.monotonic() + 30
-            while not any(size_of(path) >= CHUNK for path in unfinished.glob("*")) and time.monotonic() < until:
-                time.sleep(0.002)
-            os.kill(victim.pid, signal.SIGKILL)
-            assert victim.wait() == -signal.SIGKILL
+            victim = [sys.executable, "-c", KILLED, *command(store, worker=0, of=2)[3:]]
+            assert subprocess.run(victim, check=False, timeout=60).returncode == -signal.SIGKILL
+            assert any(path.stat().st_size >= CHUNK for path in (tmp_path / name / ".tmp").iterdir())
             assert layout.manifest(CYCLE, BASE) not in objects_of(store)
             assert list(store.list(layout.responses(CYCLE))) == []
             assert len(list(store.list(layout.attempts(CYCLE)))) == 1
@@ -168,13 +177,6 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path: Path) -> None:
         assert run_workers(store, 1) == [exits.DONE]
         results.append(objects_of(store))
     assert results[0] == results[1]
-
-
-def size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def big_topology(*, rows: int, columns: int) -> Topology:
@@ -240,6 +242,26 @@ def test_single_weights_are_masked_from_the_bits_in_the_answers(store: LocalStor
         values[list(gone.get(name, ()))] = 0
         assert weights[name] == values.tobytes(), name
     assert Candidate.parse(written["MANIFEST.json"], name="manifest").weights_zeroed == 5
+
+
+def test_tied_names_that_are_stored_as_copies_are_masked_alike(store: LocalStore) -> None:
+    weights = builders.toy_weights(builders.toy_topology())
+    weights["module.lm.weight"] = weights["embed.weight"]
+    run = builders.make_run(store, weights=weights)
+    builders.decide(run, {}, weights=basic(store, run.topology, {"embed.weight": (0, 159)}, cut=100))
+    assert run_here(store) == exits.DONE
+    written = split(candidate_of(store)["model.safetensors"])
+    raw = weights["embed.weight"].raw
+    assert written["embed.weight"] == written["module.lm.weight"] == bytes(4) + raw[4:-4] + bytes(4)
+
+
+def test_a_step_count_is_no_moment_of_a_scalar_parameter(store: LocalStore) -> None:
+    run = builders.make_run(store, slots=builders.toy_slots(builders.toy_topology()))
+    builders.decide(run, {}, weights=basic(store, run.topology, {"scale": (0,)}, cut=1))
+    assert run_here(store) == exits.DONE
+    slots = split(candidate_of(store)["optimizer.safetensors"])
+    assert slots["scale/exp_avg"] == bytes(4)
+    assert slots["scale/step"] == run.slots["scale/step"].raw != bytes(4)
 
 
 def test_an_answer_that_is_not_the_one_decided_on_is_refused(

@@ -147,6 +147,7 @@ def test_an_attempt_without_end_stops_beating_and_is_stolen(store: LocalStore) -
     assert stuck.is_alive()
     stuck.join()
     assert keys(store, layout.responses(CYCLE)) == ["0-0/0-0", "0-0/1-1"]
+    assert len([key for key in keys(store, layout.attempts(CYCLE)) if key.startswith("0-0/0.beat-")]) <= 4
 
 
 def test_the_same_worker_started_again_does_not_wait_for_its_dead_self(store: LocalStore) -> None:
