@@ -15,6 +15,7 @@ from leyline.crypt import DATA_KEY, KeyRing, SealedObject, WrongKey
 from leyline.messages import CheckpointMetadata, ImportanceStats, StoredObject
 from leyline.model import Malformed
 from leyline.reasons import Reason
+from leyline.sketch import estimate
 from leyline.store import CHUNK, Changed, Damaged, NotFound, ObjectStore
 from leyline.tensors import ITEMSIZE, Entry, header_length, parse_header
 from leyline.topology import Group, Topology
@@ -47,6 +48,7 @@ class Importance:
         self.stats = stats
         self._name, self._source, self._entries, self._topology = name, source, entries, topology
         self._chunk: tuple[int, bytes] | None = None
+        self._table: tuple[str, NDArray[np.float32]] | None = None
 
     @classmethod
     def open(cls, store: ObjectStore, metadata: CheckpointMetadata, topology: Topology, ring: KeyRing | None) -> Self:
@@ -107,18 +109,29 @@ class Importance:
         compare."""
         return all(f"weight/{name}" in self._entries for name in self._topology.parameters)
 
-    def fisher(self, parameter: str, start: int, stop: int) -> tuple[Extent, str]:
-        """Where the Fisher of elements [start, stop) of a parameter lies, and its dtype."""
-        entry = self._entries[f"weight/{parameter}"]
-        size = self._topology.parameters[parameter].size
-        if (entry.stop - entry.start) != size * ITEMSIZE[entry.dtype] or self.stats.sketch is not None:
-            raise ImportanceTrouble(
-                Reason.IMPORTANCE_CORRUPT,
-                f"{self._name}: weight/{parameter} of shape {list(entry.shape)} is no diagonal Fisher of {size} "
-                "weights; publish again",
-            )
+    def fisher(self, parameter: str, start: int, stop: int) -> tuple[Extent, str] | None:
+        """Where the Fisher of elements [start, stop) of a parameter lies, and its dtype; None where it is a sketch."""
+        entry, known = self._entries[f"weight/{parameter}"], self._topology.parameters[parameter]
+        if entry.shape != known.shape:
+            return None
         width = ITEMSIZE[entry.dtype]
         return Extent(self._source, entry.start + start * width, entry.start + stop * width), entry.dtype
+
+    def estimate(self, parameter: str, start: int, stop: int) -> NDArray[np.float32]:
+        """The sketch's estimates of the Fisher of elements [start, stop): never below the truth."""
+        if self._table is None or self._table[0] != parameter:
+            self._table = (parameter, _told(self._name, lambda: self._sketch(parameter)))
+        return np.asarray(estimate(self._table[1], start, stop, self._topology.parameters[parameter].uuid))
+
+    def _sketch(self, parameter: str) -> NDArray[np.float32]:
+        entry = self._entries[f"weight/{parameter}"]
+        rows, cells = entry.shape if len(entry.shape) == 2 else (0, 0)
+        if entry.dtype != "F32" or not rows or cells < 2 or cells & (cells - 1):
+            raise Malformed(
+                f"{self._name}: weight/{parameter} is {entry.dtype} {list(entry.shape)}, neither the Fisher of "
+                f"{list(self._topology.parameters[parameter].shape)} nor a sketch (F32, a power of two cells a row)"
+            )
+        return np.frombuffer(self._source.read(entry.start, entry.stop), dtype="<f4").reshape(rows, cells)
 
     def _half(self, group: Group, half: str) -> Half | None:
         weights = self._vector(f"{group.id}/{half}/n", 2)

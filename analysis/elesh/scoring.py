@@ -62,8 +62,9 @@ class Scoring:
                 yield segment, elements(raw, segment.dtype), None
             return
         places = [fisher.fisher(segment.slice.parameter, segment.start, segment.stop) for segment in segments]
-        factors = self._fisher.stream([extent for extent, _ in places])
-        for segment, raw, (_, dtype), other in zip(segments, weights, places, factors, strict=True):
-            values = elements(other, dtype)
-            require_fisher(values, segment.slice.parameter)
-            yield segment, elements(raw, segment.dtype), values
+        dense = self._fisher.stream([place[0] for place in places if place])
+        for segment, raw, place in zip(segments, weights, places, strict=True):
+            name = segment.slice.parameter
+            factors = elements(next(dense), place[1]) if place else fisher.estimate(name, segment.start, segment.stop)
+            require_fisher(factors, name)
+            yield segment, elements(raw, segment.dtype), factors

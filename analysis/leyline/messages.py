@@ -146,7 +146,7 @@ class ImportanceStats(Message):
     weights); optional, by what was hooked: `<group>/<h>/act` sum of squared gate outputs (contribution norm; heads: of
     W_O a_h), `<group>/in` sum x_j squared of the consumers' input (Wanda), `<group>/cos` [2] = (sum of cosines, tokens)
     for layers, `<group>/gram` [heads, heads] for redundancy; `weight/<parameter>` diagonal Fisher (float32), or
-    its sketch ([rows, cells] of `kasmina.sketch`).
+    its sketch ([rows, cells] of `leyline.sketch`).
     """
 
     run_id: str

@@ -39,6 +39,7 @@ from leyline.messages import (
     WorkLimits,
 )
 from leyline.partial import add_up, magnitude
+from leyline.sketch import cells_of, seeds
 from leyline.topology import Group, Kind, Member, Parameter, Topology
 
 CYCLE = "c1-0123456789"
@@ -81,6 +82,9 @@ def statistics(topology: Topology, seed: int = 3) -> dict[str, NDArray[np.float6
             outputs = random.normal(size=(group.units, 50))
             arrays[f"{group.id}/gram"] = outputs @ outputs.T
     return arrays
+
+
+ARRAYS = statistics(toy_topology())
 
 
 def importance_file(topology: Topology, arrays: Arrays, **changes: object) -> bytes:
@@ -210,6 +214,31 @@ def test_fisher_of_every_weight_is_summed_beside_the_norms(tmp_path: Path) -> No
     assert keyed["fc.weight@0/count"].tolist() == expected[1].tolist()
     _, plain = answered(run_, request(run_, 2, method="histogram", slices=pieces, importance=("magnitude", "fisher")))
     assert plain["fc.weight@0/bucket"].tolist() != keyed["fc.weight@0/bucket"].tolist()
+
+
+def test_a_sketched_fisher_is_estimated_and_can_only_be_too_high(tmp_path: Path) -> None:
+    topology = toy_topology()
+    random = np.random.default_rng(8)
+    true = random.random((16, 8)).astype(np.float32)
+    table = np.zeros((3, 64), dtype=np.float32)
+    for row, seed in enumerate(seeds(topology.parameters["fc.weight"].uuid, 3)):
+        np.maximum.at(table[row], cells_of(np.arange(128), seed, 64), true.reshape(-1))
+    known = {f"weight/{n}": np.ones(p.shape, np.float32) for n, p in topology.parameters.items()}
+    known["weight/fc.weight"] = table
+    said = {"sketch": "count-min v1"}
+    run_ = toy_run(tmp_path / "a", importance=importance_file(topology, ARRAYS | known, **said))
+    pieces = slices(topology, 5)
+    message, arrays = answered(run_, request(run_, 0, slices=pieces, importance=("fisher",)))
+    assert message.status == "answered"
+    found = add_up(topology, [(piece, arrays) for piece in pieces], "fisher")["conv1", 4]
+    squares = value(run_, "fc.weight").astype(np.float64) ** 2
+    assert (found >= (squares * true / 2).sum(0)).all()
+    assert (found < (squares * true.max() / 2).sum(0)).all()
+    known["weight/fc.weight"] = table[:, :63]
+    run_ = toy_run(tmp_path / "b", importance=importance_file(topology, ARRAYS | known, **said))
+    message, _ = answered(run_, request(run_, 0, slices=pieces, importance=("fisher",)))
+    assert (message.status, message.reason) == ("importance", "ImportanceCorrupt")
+    assert "nor a sketch" in message.message
 
 
 # --- nobody's hardware shows in an answer -----------------------------------------------------------------------------
@@ -439,9 +468,6 @@ def test_the_mask_file_must_be_the_one_that_is_named(tmp_path: Path) -> None:
     foreign = Masks("another", {}, {}, {}, {})
     other = write_masks(run_.store, "cycles/c0-0/foreign", foreign)
     assert "masks of model another" in answered(run_, request(run_, 0, inherited=other))[0].message
-
-
-ARRAYS = statistics(toy_topology())
 
 
 @pytest.mark.parametrize(
