@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel, to_snake
+from pydantic.fields import FieldInfo
 
 
 class Invalid(ValueError):
@@ -76,6 +77,9 @@ def sentence(error: ValidationError, model: type[BaseModel], *, name: str, camel
     elif first["type"] in ("value_error", "assertion_error"):
         message = first["msg"].removeprefix("Value error, ")
         text = f"{name}: {where}{'' if not where else ' ' if message.startswith('is ') else ': '}{message}"
+    elif first["type"] == "string_pattern_mismatch":
+        meaning = _description(model, path, camel)
+        text = f"{name}: {where} is {_shown(first['input'])}, which does not fit; {meaning or first['ctx']['pattern']}"
     else:
         expected = first["msg"].replace("Input should be", "it should be", 1)
         text = f"{name}: {where} is {_shown(first['input'])}, {expected}"
@@ -89,17 +93,28 @@ def _shown(value: Any) -> str:
 
 def _keys(model: type[BaseModel], path: list[Any], camel: bool) -> list[str]:
     """The keys that the model at `path` knows."""
-    current: Any = model
+    current: type[BaseModel] | None = model
     for part in path:
-        if isinstance(part, int):
-            continue
-        names = {to_camel(name) if camel else name: field for name, field in current.model_fields.items()}
-        field = names.get(str(part))
-        inner = _model_in(field.annotation) if field is not None else None
-        if inner is None:
-            return []
-        current = inner
-    return [to_camel(name) if camel else name for name in current.model_fields]
+        if current is not None and not isinstance(part, int):
+            field = _fields(current, camel).get(str(part))
+            current = _model_in(field.annotation) if field is not None else None
+    return list(_fields(current, camel)) if current is not None else []
+
+
+def _description(model: type[BaseModel], path: list[Any], camel: bool) -> str:
+    """What the documentation of the field at `path` says, as the end of a sentence."""
+    current: type[BaseModel] | None = model
+    found = ""
+    for part in path:
+        if current is not None and not isinstance(part, int):
+            field = _fields(current, camel).get(str(part))
+            found = (field.description or "") if field is not None else ""
+            current = _model_in(field.annotation) if field is not None else None
+    return "expected: " + found.replace("\n", " ").rstrip(".") if found else ""
+
+
+def _fields(model: type[BaseModel], camel: bool) -> dict[str, FieldInfo]:
+    return {to_camel(name) if camel else name: field for name, field in model.model_fields.items()}
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

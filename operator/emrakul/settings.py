@@ -191,7 +191,7 @@ class Settings(Section):
     """Documentation only."""
 
     # ours
-    importance: Annotated[tuple[Scorer, ...], BeforeValidator(_scorers), Field(max_length=len(SCORERS))] = ()
+    importance: Annotated[tuple[Scorer, ...], Field(max_length=len(SCORERS)), BeforeValidator(_scorers)] = ()
     """Scorers that decide, before the default order; all others are reported beside them."""
     importance_reliability: Share = Fraction(6, 10)
     """Agreement of the two halves of the statistics (corrected tau) below which a cycle declines."""
@@ -230,7 +230,7 @@ class Settings(Section):
     @classmethod
     def from_resource(cls, content: dict[str, Any], *, name: str) -> Self:
         """Read `spec.settings` of a resource: camelCase keys, fractions as text."""
-        _no_floats(content, name)
+        refuse_floats(content, name)
         return cls._read(content, name=name, camel=True)
 
     @classmethod
@@ -300,10 +300,10 @@ _OUTSIDE = frozenset(
 )
 
 
-def _no_floats(content: Any, where: str) -> None:
+def refuse_floats(content: Any, where: str) -> None:
     """Numbers with a point are text in a resource: what a float becomes on its way through an API server varies."""
     if isinstance(content, float):
         raise Invalid(f'{where} is the number {content}; fractions in a resource are text, write "{content}"')
     inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in inner:
-        _no_floats(value, f"{where}.{key}")
+        refuse_floats(value, f"{where}.{key}")
