@@ -46,5 +46,3 @@ def test_the_candidate_on_s3_is_the_one_on_the_local_store(s3: S3Store, tmp_path
         assert [worker.wait(timeout=60) for worker in workers] == [0] * of
     assert candidate(local) == candidate(s3)
     assert len(candidate(s3)) == 8
-    attempts = [head.key for head in s3.list(layout.attempts(CYCLE))]
-    assert len([key for key in attempts if ".beat-" not in key]) == 6

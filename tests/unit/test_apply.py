@@ -172,7 +172,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path: Path) -> None:
             assert any(path.stat().st_size >= CHUNK for path in (tmp_path / name / ".tmp").iterdir())
             assert layout.manifest(CYCLE, BASE) not in objects_of(store)
             assert list(store.list(layout.responses(CYCLE))) == []
-            assert len(list(store.list(layout.attempts(CYCLE)))) == 1
+            assert next(head.key for head in store.list(layout.attempts(CYCLE))).endswith("/0")
             assert subprocess.run(command(store, worker=1, of=2), check=False, timeout=60).returncode == exits.DONE
         assert run_workers(store, 1) == [exits.DONE]
         results.append(objects_of(store))

@@ -125,11 +125,14 @@ def test_a_dead_workers_task_is_stolen_with_half_the_buffer(store: LocalStore) -
 
 
 def test_a_live_attempt_is_waited_for_and_not_stolen(store: LocalStore) -> None:
-    other = threading.Thread(target=work, args=(store,), kwargs={"n": 2, "worker": 1, "of": 2, "slow": 0.5})
+    limits = WorkLimits(beat_seconds=0.3)
+    other = threading.Thread(
+        target=work, args=(store,), kwargs={"n": 2, "worker": 1, "of": 2, "limits": limits, "slow": 0.7}
+    )
     other.start()
     while not keys(store, layout.attempts(CYCLE)):
         time.sleep(0.01)
-    assert work(store, n=2, worker=0, of=2).answered == ("0-0",)
+    assert work(store, n=2, worker=0, of=2, limits=limits).answered == ("0-0",)
     other.join()
     assert [key for key in keys(store, layout.responses(CYCLE)) if key.startswith("0-1")] == ["0-1/1-0"]
     assert "0-1/0.beat-0" in keys(store, layout.attempts(CYCLE))
@@ -180,7 +183,7 @@ def test_a_scorer_that_raises_three_times_is_given_up(store: LocalStore) -> None
 
 
 def test_with_replicas_each_task_is_answered_by_that_many_workers(store: LocalStore) -> None:
-    limits = WorkLimits(replicas=3, beat_seconds=0.1)
+    limits = WorkLimits(replicas=3)
     workers = [
         threading.Thread(target=work, args=(store,), kwargs={"n": 4, "worker": i, "of": 5, "limits": limits})
         for i in range(5)
@@ -194,7 +197,7 @@ def test_with_replicas_each_task_is_answered_by_that_many_workers(store: LocalSt
 
 
 def test_with_replicas_a_worker_answers_a_task_once_and_leaves_the_rest_to_others(store: LocalStore) -> None:
-    limits = WorkLimits(replicas=3, beat_seconds=0.1)
+    limits = WorkLimits(replicas=3)
     assert len(work(store, n=4, worker=0, of=3, limits=limits).answered) == 4
     assert work(store, n=4, worker=0, of=3, limits=limits).answered == ()
     assert len(work(store, n=4, worker=1, of=3, limits=limits).answered) == 4
