@@ -6,9 +6,10 @@ State, model and telemetry can be judged at once; training continuity only when 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from emrakul.rollback import NoAnswer, Validate
 from leyline import layout
 from leyline.fold import RunState
 from leyline.log import Log, verify
@@ -50,24 +51,19 @@ def recover(
     log: Log,
     rollback: Record,
     *,
-    validate: Callable[[int], str | None],
+    validate: Validate,
     counted: Mapping[str, int] | None = None,
 ) -> Recovery:
     """Look at the run after `rollback`; what was found before and kept is the answer.
 
-    `validate` loads and checks the pair of a record (see rollback.Validate). `counted` are the ended cycles by
+    `counted` are the ended cycles by
     "outcome/reason" that a telemetry edge has counted; without one they are counted from the records.
     """
     if (kept := read(store, rollback.n)) is not None:
         return kept
     assert isinstance(rollback.body, Rollback)
     records, state = _state(log)
-    why = validate(rollback.body.to)
-    model = Look(
-        name="model",
-        outcome="failed" if why else "passed",
-        message=why or f"record {rollback.body.to} (checkpoint {rollback.checkpoint}) has its digests and loads",
-    )
+    model = _model(rollback.body.to, rollback.checkpoint or "", validate)
     training = _training(rollback, records, _reports(store, rollback.term))
     telemetry = _telemetry(log.tail().state, count(records) if counted is None else counted)
     found = Recovery(rollback=rollback.n, to=rollback.body.to, looks=(state, model, training, telemetry))
@@ -114,6 +110,17 @@ def _state(log: Log) -> tuple[list[Record], Look]:
     return records, Look(
         name="state", outcome="passed", message=f"records 0 to {tail.record.n} add up to the run's state"
     )
+
+
+def _model(record: int, checkpoint: str, validate: Validate) -> Look:
+    try:
+        why = validate(record)
+    except NoAnswer as error:
+        return Look(name="model", outcome="pending", message=str(error))
+    if why:
+        return Look(name="model", outcome="failed", message=why)
+    whole = f"record {record} (checkpoint {checkpoint}) has its digests and its structure, and loads"
+    return Look(name="model", outcome="passed", message=whole)
 
 
 def _reports(store: ObjectStore, term: int) -> list[SystemStatePacket]:

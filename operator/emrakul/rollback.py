@@ -23,19 +23,23 @@ from leyline.messages import AnalysisResults, SystemStatePacket
 from leyline.reasons import Outcome, Reason
 from leyline.records import Admit, Draft, Kind, Publish, Record, Resume, Rollback
 from leyline.rules import ROLLBACK_DEPTH
-from leyline.store import ObjectStore, StoreError
+from leyline.store import Damaged, ObjectStore
 
 Strategy = Literal["immediate", "progressive", "baseline", "named"]
 
 Validate = Callable[[int], str | None]
-"""Loads and checks the pair of a record (urabrask): None if it is sound, else a sentence. Raises if it cannot tell."""
+"""Loads and checks the pair of a record (urabrask): None if it is sound, else a sentence; NoAnswer if it cannot say."""
 
 
-class NoTarget(Exception):
+class NoAnswer(Exception):
+    """The validator failed, which says nothing about the pair."""
+
+
+class NoTarget(NotAllowed):
     """There is no older pair of the kind that was asked for."""
 
 
-class NoLoadableTarget(StoreError):
+class NoLoadableTarget(Damaged):
     """There are older pairs, and none of them is whole."""
 
 

@@ -6,20 +6,17 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from emrakul.rollback import NoAnswer, Validate
 from emrakul.runtime.commands import recheck
 from leyline import exits
 from leyline.store import Unreachable
 
 
-class NoAnswer(Exception):
-    """The validator could not tell whether the pair is sound."""
-
-
 def local_recheck(
     run_uri: str, *, environment: Mapping[str, str], seconds: float, memory_bytes: int
-) -> Callable[[int], str | None]:
+) -> Validate:
     """A function from a record to None (its pair is sound) or a sentence (it is not).
 
     It raises Unreachable where the store refused or did not answer, and NoAnswer where the validator itself failed:
