@@ -1,4 +1,8 @@
-"""Command line of the validator: `python -m urabrask --cycle <run>/cycles/<id> --base N --launch K`."""
+"""Command line of the validator.
+
+`python -m urabrask --cycle <run>/cycles/<id> --base N --launch K` judges a candidate and writes its verdict;
+`python -m urabrask --run <run> --record N` tells by its exit code whether the pair of a record can be loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from leyline.model import Malformed, canonical_json
 from leyline.open import open_store
 from leyline.reasons import Reason
 from leyline.store import Exists, NotFound, ObjectStore, Refused, StoreError, Unreachable, Unsuitable
+from urabrask.recovery import Loadable, recheck
 from urabrask.validate import Report, Subject, read_subject, validate
 
 _STORE_TROUBLE = (Refused, Unreachable, Unsuitable)
@@ -24,14 +29,24 @@ _STORE_TROUBLE = (Refused, Unreachable, Unsuitable)
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m urabrask",
-        description="Judge one cycle's candidate: only the mask changed, pruned units are dead, accuracy holds.",
-        epilog=f"exit codes: {exits.DONE} a verdict stands, whatever it says; {exits.BAD_INPUT} the checkpoint or the "
-        f"cycle breaks a rule; {exits.OUT_OF_MEMORY} out of memory; {exits.STORE} the store refused or did not answer",
+        description="Judge one cycle's candidate: only the mask changed, pruned units are dead, accuracy holds. Or, "
+        "after a rollback, say whether the pair of one record can be loaded.",
+        epilog=f"exit codes: {exits.DONE} a verdict stands, whatever it says, or the pair is sound; {exits.BAD_INPUT} "
+        f"the checkpoint, the cycle or the pair breaks a rule; {exits.OUT_OF_MEMORY} out of memory; {exits.STORE} the "
+        "store refused or did not answer",
     )
-    parser.add_argument("--cycle", required=True, help="<run URI>/cycles/<id>")
-    parser.add_argument("--base", required=True, type=int, help="log record of the base pair")
-    parser.add_argument("--launch", required=True, type=int, help="number of this launch, for its start mark")
+    parser.add_argument("--cycle", help="<run URI>/cycles/<id>")
+    parser.add_argument("--base", type=int, help="log record of the base pair")
+    parser.add_argument("--launch", type=int, help="number of this launch, for its start mark")
+    parser.add_argument("--run", help="the run's URI, for recovery validation")
+    parser.add_argument("--record", type=int, help="the record whose pair is loaded and checked")
     found = parser.parse_args(argv)
+    judging, rechecking = (found.cycle, found.base, found.launch), (found.run, found.record)
+    given = [[value is not None for value in one] for one in (judging, rechecking)]
+    if not (all(given[0]) and not any(given[1])) and not (all(given[1]) and not any(given[0])):
+        parser.error("give --cycle with --base and --launch, or --run with --record")
+    if found.run is not None:
+        return found
     run, _, cycle = found.cycle.rstrip("/").rpartition("/cycles/")
     if not run or "/" in cycle:
         parser.error(f"--cycle {found.cycle} is no cycle; write <run URI>/cycles/<id>")
@@ -66,23 +81,38 @@ def _measure(store: ObjectStore, subject: Subject, trust: Trust | None, report: 
     measure(store, subject, trust, report)
 
 
+def _answers(store: ObjectStore, loadable: Loadable) -> str:
+    from urabrask.measure import pair_answers
+
+    return pair_answers(store, loadable)
+
+
+def _judge(wanted: argparse.Namespace) -> str:
+    store, cycle, base = open_store(wanted.run), wanted.cycle, wanted.base
+    store.put_if_absent(layout.started(cycle, "validate", wanted.launch), b"started")
+    try:
+        verdict = judge(store, cycle=cycle, base=base, trust=trust_from_environment())
+    except _STORE_TROUBLE:
+        raise
+    except (Malformed, StoreError) as error:
+        # For the control plane, which otherwise sees only the exit code.
+        reason = Reason.UNTRUSTED if isinstance(error, Untrusted) else Reason.INVALID_INPUT
+        content = canonical_json({"message": str(error), "reason": reason.value})
+        with suppress(Exists):
+            store.put_if_absent(layout.validation_error(cycle, base), content)
+        raise
+    return " ".join(part for part in (verdict.outcome, verdict.reason, verdict.message) if part)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code is leyline.exits'."""
     wanted = _arguments(argv)
     try:
-        store = open_store(wanted.run)
-        store.put_if_absent(layout.started(wanted.cycle, "validate", wanted.launch), b"started")
-        try:
-            verdict = judge(store, cycle=wanted.cycle, base=wanted.base, trust=trust_from_environment())
-        except _STORE_TROUBLE:
-            raise
-        except (Malformed, StoreError) as error:
-            # For the control plane, which otherwise sees only the exit code.
-            reason = Reason.UNTRUSTED if isinstance(error, Untrusted) else Reason.INVALID_INPUT
-            with suppress(Exists):
-                content = canonical_json({"message": str(error), "reason": reason.value})
-                store.put_if_absent(layout.validation_error(wanted.cycle, wanted.base), content)
-            raise
+        if wanted.cycle is not None:
+            said = _judge(wanted)
+        else:
+            store = open_store(wanted.run)
+            said = recheck(store, record=wanted.record, trust=trust_from_environment(), answers=_answers)
     except _STORE_TROUBLE as error:
         print(error, file=sys.stderr)
         return exits.STORE
@@ -92,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         print("out of memory; raise validation_memory_limit", file=sys.stderr)
         return exits.OUT_OF_MEMORY
-    print(f"{verdict.outcome} {verdict.reason} {verdict.message}".replace("  ", " "))
+    print(said)
     return exits.DONE
 
 

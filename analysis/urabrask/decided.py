@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from leyline.ids import parameter_uuid
-from leyline.masks import Bits, Masks
+from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
+from leyline.masks import Masks
 from leyline.messages import Decision
 from leyline.model import Malformed
 from leyline.tensors import unpack
@@ -44,7 +45,7 @@ def expected(decision: Decision, inherited: Masks | None, topology: Topology, an
     Malformed where the decision names what the model does not have.
     """
     units: dict[str, Bits] = {}
-    weights: dict[str, Bits] = {}
+    weights: dict[str, PackedBits] = {}
     for chosen in decision.groups:
         try:
             group = topology.group(chosen.group)
@@ -63,14 +64,16 @@ def expected(decision: Decision, inherited: Masks | None, topology: Topology, an
         size = slice_.stop - slice_.start
         if packed is None or packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
             raise Malformed(f"{weight.answer} holds no mask of {size} bits for {slice_.key}")
-        active = weights.setdefault(slice_.parameter, np.ones(parameter.size, np.bool_))
-        bits = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
-        active[slice_.start : slice_.stop] &= bits
+        active = window(packed, 0, size)
+        if not active.all():
+            name = slice_.parameter
+            weights[name] = weights[name] if name in weights else ones(parameter.size)
+            clear(weights[name], slice_.start, active)
     new = Masks(
         model_id=topology.model_id,
         groups={id_: topology.group(id_) for id_ in units},
         units=units,
-        weights={name: active for name, active in weights.items() if not active.all()},
+        weights=Packed(weights, {name: topology.parameters[name].size for name in weights}),
     )
     return new if inherited is None else inherited.union(new)
 

@@ -23,6 +23,7 @@ from urabrask.gate import gate, sentence
 from urabrask.interpret import Forward, Interpreter, load_program
 from urabrask.joins import joining_fault
 from urabrask.proof import Proof
+from urabrask.recovery import Loadable
 from urabrask.validate import Declined, Report, Subject, read_object, read_topology
 from urabrask.weights import load_weights
 
@@ -195,3 +196,26 @@ def _finite(answers: Answers, name: str) -> Answers:
             "with that, publish another"
         )
     return answers
+
+
+def pair_answers(store: ObjectStore, loadable: Loadable) -> str:
+    """Evaluate a rolled-back pair as a trainer would load it; Malformed if it answers with NaN or Inf."""
+    metadata, candidate = loadable.metadata, loadable.candidate
+    if metadata.evaluation is None:
+        load_weights(store, metadata, loadable.topology, names=None, masks=loadable.masks)
+        return "it loads, and has no evaluation set to be asked"
+    evaluation = load_evaluation(store, metadata)
+    tensors = load_weights(
+        store,
+        metadata,
+        loadable.topology,
+        names=evaluation.names,
+        masks=loadable.masks,
+        folder=layout.candidate(candidate.cycle, candidate.base) if candidate else None,
+        objects=candidate.objects if candidate else (),
+    )
+    data = evaluation.data
+    found = _finite(answer(evaluation.forward, tensors, data, batch=evaluation.batch), metadata.name)
+    if data.target is None:
+        return f"it loads and answers all of {data.n} samples"
+    return f"it loads and answers {int(right(found, found, data).sum())} of {data.n} samples right"
