@@ -146,7 +146,7 @@ def test_no_parameter_loses_more_than_a_fifth_of_its_original_weights() -> None:
     topology = model([(10, 10), (30, 10)])
     scores = {"w0": np.full(100, 0.1, np.float32), "w1": np.linspace(0.2, 2, 300, dtype=np.float32)}
     live = {"w0": np.arange(100) >= 15, "w1": np.ones(300, np.bool_)}
-    shares, gone = rounds(topology, scores, live, Fraction(1, 20))
+    shares, gone = rounds(topology, scores, live, Fraction(1, 20), Settings(importance=("magnitude",)))
     assert gone["w0"].sum() == 5, "15 of its 20 went before"
     assert np.flatnonzero(gone["w0"]).tolist() == [15, 16, 17, 18, 19], "ties go in flat order"
     assert gone["w1"].sum() == 14
@@ -172,9 +172,12 @@ def test_the_margin_keeps_weights_near_the_median() -> None:
     values[:2], values[2:4] = 0.4, 0.6
     live = {"w0": np.ones(100, np.bool_)}
     coarse = coarse_pass(slices, {"w0": values}, live)
-    (share,) = spend_weights(topology, slices, coarse, rate=Fraction(1, 20), carry={}, settings=Settings())
+    by_magnitude = Settings(importance=("magnitude",))
+    (share,) = spend_weights(topology, slices, coarse, rate=Fraction(1, 20), carry={}, settings=by_magnitude)
     budget = share.budget
     assert (budget.allowed, budget.eligible, budget.achieved, budget.bound) == (5, 2, 2, "margin")
+    (share,) = spend_weights(topology, slices, coarse, rate=Fraction(1, 20), carry={}, settings=Settings())
+    assert share.budget.eligible == 0, "half the amplitude is a quarter of w^2 F, the keys that are preferred"
 
 
 def test_the_carry_of_weights_is_kept_like_any_other() -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
@@ -60,6 +60,7 @@ def test_a_carry_of_a_whole_unit_is_refused() -> None:
         allowance(rate=PERCENT, live=10, carry=Fraction(1))
 
 
+@settings(deadline=None)
 @given(
     st.fractions(0, 1, max_denominator=200),
     st.lists(st.integers(0, 500), min_size=1, max_size=20),
@@ -77,6 +78,7 @@ def test_over_many_cycles_what_was_allowed_stays_within_one_unit_of_the_rate(rat
 sizes = st.lists(st.integers(1, 25), min_size=1, max_size=5)
 
 
+@settings(deadline=None)
 @given(sizes, st.fractions(0, 1, max_denominator=20), st.integers(0, 2**31), st.data())
 def test_no_group_ever_goes_below_its_floor(sizes: list[int], rate: Fraction, seed: int, data: st.DataObject) -> None:
     topology = models.chain(sizes)

@@ -272,6 +272,17 @@ def test_wanda_multiplies_the_consumers_columns_by_their_input() -> None:
     assert np.allclose(one.score, raw / raw.mean())
 
 
+def test_fisher_is_compared_as_an_amplitude() -> None:
+    settings = Settings(importance=("fisher",))
+    given = answers(WIDE, ramp(WIDE), settings=settings)
+    for _, found in given:
+        for name in [name for name in found.arrays if name.startswith("norm/")]:
+            found.arrays[name.replace("norm/", "fisher/", 1)] = found.arrays[name]  # type: ignore[index]
+    one = score(case(WIDE, settings=settings), given)[0]
+    raw = np.abs(weights(WIDE)["fc0.norm"])
+    assert np.allclose(one.score, raw / raw.mean())
+
+
 def test_an_answer_of_the_wrong_shape_is_refused() -> None:
     given = answers(WIDE, [row[:-1] for row in ramp(WIDE)])
     with pytest.raises(ValueError, match=r"gate/fc0/taylor.* has shape \[19\], its group needs \[20\]"):

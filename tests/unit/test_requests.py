@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
@@ -64,6 +64,7 @@ def test_a_row_longer_than_a_request_stands_alone() -> None:
 shapes = st.lists(st.lists(st.integers(1, 30), max_size=3), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 20))
 def test_slices_are_whole_rows_and_cover_everything_once(shapes: list[list[int]], at_least: int) -> None:
     parameters = {f"p{i}": models.parameter(f"p{i}", *shape) for i, shape in enumerate(shapes)}

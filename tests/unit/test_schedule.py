@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emrakul.guidance import Guidance, read_guidance
@@ -118,6 +118,7 @@ def test_a_refused_candidate_costs_one_stage_and_the_streak_but_never_goes_below
 EVENTS = st.tuples(st.sampled_from(list(Outcome)), st.sampled_from([0.0, 0.02]), st.sampled_from(["stable", "unknown"]))
 
 
+@settings(deadline=None)
 @given(st.lists(EVENTS))
 def test_the_ladder_moves_one_rung_at_a_time_and_stays_on_it(events: list[tuple[Outcome, float, str]]) -> None:
     ladder = Ladder()
@@ -165,6 +166,7 @@ def test_the_probe_closes_it_or_starts_the_wait_again() -> None:
     assert run(Reason.MARGIN, breaker=probing) == probing, "nothing was validated, so nothing is proven"
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(list(Reason)), max_size=12))
 def test_it_is_open_only_after_three_failures(reasons: list[Reason]) -> None:
     breaker = run(*reasons)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from emrakul.settings import Settings
 from leyline import partial
-from leyline.masks import Bits, Masks
+from leyline.bits import Bits
+from leyline.masks import Masks
 from leyline.messages import StructuralAnalysisRequest
 from leyline.model import Malformed
 from leyline.topology import Group, Kind, Topology
@@ -130,7 +131,8 @@ def _score(name: str, group: Group, arrays: Arrays, sums: partial.Sums, fisher: 
         return partial.magnitude(group, sums)
     if name == "fisher":
         scored = any((group.id, index) in fisher for index in range(len(group.members)))
-        return partial.fisher(group, fisher) if scored else None
+        # w^2 F is a square: its root is an amplitude, as every other score is
+        return np.sqrt(partial.fisher(group, fisher)) if scored else None
     if name == "wanda":
         inputs = _array(f"gate/{group.id}/input", group, arrays)
         consumed = any(member.role == "consumer" for member in group.members)

@@ -102,7 +102,7 @@ def _share(
     carried = Fraction(carry.get(budget_key(domain, Kind.WEIGHT), "0"))
     given = allowance(rate=rate, live=live, carry=carried)
     below = [_counts(quota, coarse) for quota in quotas]
-    last = _last_eligible(np.sum(below, axis=0), settings.safety_margin)
+    last = _last_eligible(np.sum(below, axis=0), _limit_factor(settings))
     eligible = [int(counts[: last + 1].sum()) for counts in below]
     possible = sum(min(count, quota.cap) for count, quota in zip(eligible, quotas, strict=True))
     achieved = min(given.allowed, possible)
@@ -125,8 +125,18 @@ def _share(
     return WeightShare(budget=budget, quotas=tuple(quotas), full=full)
 
 
-def _last_eligible(counts: Counts, margin: Fraction) -> int:
-    """The last bucket wholly within (1 - margin) of the median, or -1; the median is taken at its bucket's low edge.
+def _limit_factor(settings: Settings) -> Fraction:
+    """(1 - margin) on the amplitude |w|; squared where keys may be w^2 F / 2, which is a square.
+
+    Which of the two a checkpoint's keys are is not known here; for magnitude the square keeps more, never less.
+    """
+    keep = 1 - settings.safety_margin
+    squared = next(name for name in settings.scorers if name in ("fisher", "magnitude")) == "fisher"
+    return keep * keep if squared else keep
+
+
+def _last_eligible(counts: Counts, factor: Fraction) -> int:
+    """The last bucket wholly within `factor` times the median, or -1; the median is taken at its bucket's low edge.
 
     A bucket is 1/128 wide, so this keeps at most that much more than the exact rule.
     """
@@ -134,7 +144,7 @@ def _last_eligible(counts: Counts, margin: Fraction) -> int:
     if not total:
         return -1
     median = int(np.searchsorted(np.cumsum(counts), (total + 1) // 2))
-    limit = float(_value(median << 16)) * float(1 - margin)
+    limit = float(_value(median << 16)) * float(factor)
     upper = _value((np.arange(BUCKETS // 2, dtype=np.uint32) << 16) | 0xFFFF)
     with np.errstate(invalid="ignore"):
         return int((upper <= limit).sum()) - 1
