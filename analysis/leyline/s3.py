@@ -367,7 +367,7 @@ class S3Store:
             pause = min(2 * pause, 5.0)
 
     def _as_store_error(self, key: str, error: ClientError | BotoCoreError) -> StoreError:
-        where = f"{key} in {self.uri}"
+        where = f"{key} in {self.uri}" if key else self.uri
         if isinstance(error, SSLError):
             return Refused(f"{where}: {error}; give the CA that signed the store's certificate (AWS_CA_BUNDLE)")
         if isinstance(error, _NO_CREDENTIALS):
