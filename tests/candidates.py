@@ -117,6 +117,8 @@ def stage(
     copy: Mapping[str, Tensor] | None = None,
     slots_copy: Mapping[str, Tensor] | None = None,
     pad: int = 8,
+    cycle: str = CYCLE,
+    base: int = BASE,
     **asked: Any,
 ) -> Staged:
     """Decision, masks, masked objects, manifest and request for pruning these units.
@@ -124,8 +126,8 @@ def stage(
     `masks` and `copy` replace what would be right; `asked` changes the request.
     """
     decision = Decision(
-        cycle=CYCLE,
-        base=BASE,
+        cycle=cycle,
+        base=base,
         checkpoint=metadata.name,
         stage=Stage.CONSERVATIVE,
         method="forced",
@@ -133,33 +135,33 @@ def stage(
         settings="0" * 64,
         groups=tuple(GroupDecision(group=id_, pruned=tuple(units)) for id_, units in pruned.items()),
     )
-    store.put_if_absent(layout.decision(CYCLE), decision.canonical())
+    store.put_if_absent(layout.decision(cycle), decision.canonical())
     before: MaskRef | None = None
     if inherited is not None:
         before = write_masks(store, "cycles/c0-0123456789/on-0/candidate/masks.safetensors", inherited)
     if masks is None:
         masks = masks_of(topology, pruned)
         masks = masks if inherited is None else inherited.union(masks)
-    ref = write_masks(store, layout.masks(CYCLE, BASE), masks)
+    ref = write_masks(store, layout.masks(cycle, base), masks)
     objects = {WEIGHTS: safetensors(masked(weights, masks) if copy is None else copy, pad=pad)}
     if slots:
         objects[OPTIMIZER] = safetensors(masked(slots, masks, slots=True) if slots_copy is None else slots_copy)
     for path, data in objects.items():
-        store.put_if_absent(layout.candidate(CYCLE, BASE, path), data)
+        store.put_if_absent(layout.candidate(cycle, base, path), data)
     candidate = Candidate(
-        cycle=CYCLE,
-        base=BASE,
+        cycle=cycle,
+        base=base,
         checkpoint=metadata.name,
         decision=decision.sha256(),
         masks=ref,
         objects=tuple(StoredObject(path=path, digest=digest_bytes(data)) for path, data in objects.items()),
     )
-    store.put_if_absent(layout.manifest(CYCLE, BASE), candidate.canonical())
+    store.put_if_absent(layout.manifest(cycle, base), candidate.canonical())
     request = PruningValidationRequest(
         **{
-            "idempotency_key": f"{CYCLE}/{BASE}",
-            "cycle": CYCLE,
-            "base": BASE,
+            "idempotency_key": f"{cycle}/{base}",
+            "cycle": cycle,
+            "base": base,
             "checkpoint": metadata.name,
             "inherited": before,
             "reference": metadata.name,
@@ -172,5 +174,5 @@ def stage(
             **asked,
         }
     )
-    store.put_if_absent(layout.validation_request(CYCLE, BASE), request.canonical())
+    store.put_if_absent(layout.validation_request(cycle, base), request.canonical())
     return Staged(store, metadata, candidate, masks, request)

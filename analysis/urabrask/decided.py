@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from leyline.ids import parameter_uuid
 from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
+from leyline.ids import parameter_uuid
 from leyline.masks import Masks
 from leyline.messages import Decision
 from leyline.model import Malformed
