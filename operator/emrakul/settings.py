@@ -72,7 +72,7 @@ class SafetyConstraints(Section):
     """Hard limits that no stage, guidance or person's decision loosens."""
 
     min_channel_retention: Share = Fraction(8, 10)
-    """Share of a group's original units that always stays (channels, heads; single weights of a parameter)."""
+    """Share of a group's original channels that always stays; in basic pruning, of a parameter's weights."""
     min_attention_heads: Count = 2
     """Query heads that stay in every attention layer."""
     max_layer_removal: Share = Fraction(25, 100)

@@ -105,14 +105,21 @@ def test_retention_counts_from_the_original_units() -> None:
     assert [room(group, gone, CONSTRAINTS).units for gone in (0, 1, 2, 3)] == [2, 1, 0, 0]
 
 
-def test_heads_keep_retention_and_the_minimum_of_query_heads() -> None:
-    twelve, three = models.attention(1, 12).groups[0], models.attention(1, 3).groups[0]
-    assert (room(twelve, 0, CONSTRAINTS).units, room(twelve, 0, CONSTRAINTS).constraint) == (2, "retention")
-    loose = SafetyConstraints(min_channel_retention=Fraction(0))
-    assert (room(twelve, 0, loose).units, room(twelve, 0, loose).constraint) == (10, "min_attention_heads")
-    assert room(three, 1, loose).units == 0
+def test_two_query_heads_stay_in_every_attention_layer() -> None:
+    twelve = models.attention(1, 12).groups[0]
+    assert [room(twelve, gone, CONSTRAINTS).units for gone in (0, 9, 10, 11)] == [10, 1, 0, 0]
+    assert room(twelve, 0, CONSTRAINTS).constraint == "min_attention_heads"
     grouped = models.attention(1, 4, heads_per_unit=4).groups[0]
-    assert room(grouped, 0, loose).units == 3, "one KV group of four query heads is above the minimum of two"
+    assert room(grouped, 0, CONSTRAINTS).units == 3, "one KV group of four query heads is above the minimum of two"
+
+
+def test_the_walk_stops_at_the_floor_of_two_heads() -> None:
+    topology = models.attention(2, 12)
+    gone = {"layer0": list(range(9))}
+    scores = models.scored(topology, [[0.1] * 12, [9.0] * 12], pruned=gone)
+    share = spend(scores, domain=HOST, kind=Kind.HEAD, rate=Fraction(1, 5), carry=Fraction(0), settings=SETTINGS)
+    assert share.pruned == (GroupDecision(group="layer0", pruned=(9,)),)
+    assert (share.budget.allowed, share.budget.achieved, share.budget.bound) == (3, 1, "min_attention_heads")
 
 
 def test_a_quarter_of_the_layers_may_go_in_all() -> None:

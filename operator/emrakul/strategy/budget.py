@@ -64,19 +64,18 @@ class Room:
 
 
 def room(group: Group, pruned: int, constraints: SafetyConstraints) -> Room:
-    """Units that may still go from a group of which `pruned` are gone. Retention is against the original count.
+    """Units that may still go from a group of which `pruned` are gone.
 
-    A layer's limit is not its own: see layer_room.
+    Channels keep their share of the original count, heads their minimum of query heads. A layer's limit is not its
+    own: see layer_room.
     """
-    if group.kind is Kind.LAYER:
-        return Room(group.units - pruned, LAYERS)
     left = group.units - pruned
-    rooms = [Room(left - math.ceil(constraints.min_channel_retention * group.units), RETENTION)]
     if group.kind is Kind.HEAD:
         keep = math.ceil(Fraction(constraints.min_attention_heads, group.heads_per_unit))
-        rooms.append(Room(left - keep, HEADS))
-    tightest = min(rooms, key=lambda r: r.units)
-    return Room(max(tightest.units, 0), tightest.constraint)
+        return Room(max(left - keep, 0), HEADS)
+    if group.kind is Kind.LAYER:
+        return Room(left, LAYERS)
+    return Room(max(left - math.ceil(constraints.min_channel_retention * group.units), 0), RETENTION)
 
 
 def layer_room(layers: int, pruned: int, constraints: SafetyConstraints) -> int:
