@@ -54,6 +54,7 @@ class Probe:
         self._slices = slices
         self._gates = gate_taps(self._modules, topology)
         self._inputs = input_taps(self._modules, topology)
+        self._behind = self._parameters_behind_gates()
         self.gated = frozenset(tap.group for tap in self._gates)
         """Groups of channels and heads: those that have gates to hook."""
 
@@ -86,6 +87,28 @@ class Probe:
         if weights:
             handles += [on_gradient(p, _on_weight(batch, name)) for name, p in trained.items()]
         return handles
+
+    def upstream(self, mini_batch: Collection[int], *, weights: bool) -> dict[str, nn.Parameter]:
+        """Parameters whose gradients lead through every gate, the cheapest ones; all of them if `weights`.
+
+        A pass that only measures asks for these, and no convolution computes its weight's gradient for nothing.
+        """
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        if weights or not all(name in trained for name in self._behind):
+            return trained
+        taps = [tap for index in mini_batch for tap in parameter_taps(self._groups[index], index)]
+        wanted = self._behind | {tap.parameter for tap in taps}
+        return {name: p for name, p in trained.items() if name in wanted}
+
+    def _parameters_behind_gates(self) -> set[str]:
+        """For each gate its module's own smallest parameter; where it has none, or for heads, a producer's."""
+        found = set()
+        for tap in self._gates:
+            group = self._groups[tap.group]
+            own = [n for n in self._parameters if n.rpartition(".")[0] == tap.module and group.kind is not Kind.HEAD]
+            own = own or [m.parameter for m in group.members if m.role == "producer"]
+            found.add(min(own, key=lambda name: self._parameters[name].numel()))
+        return found
 
     def _view(self, batch: Batch, tap: Tap, value: Any) -> _View | None:
         tensor = first_tensor(value)

@@ -156,7 +156,7 @@ class ImportanceTracker:
             return
         watched = self._watched
         self._abandon()
-        self._notice_silence(batch)
+        self._notice_silence(batch, self._sums["tracked"])
         self._sums["tracked"].add(batch, frozenset(self._mini_batch))
         if "tracked" in self._weights:
             self._weights["tracked"].add(batch.gradients)
@@ -183,17 +183,16 @@ class ImportanceTracker:
         `data` gives mini-batches; `loss_fn(model, batch)` their mean loss. The first tensor in a batch has the samples
         on axis 0. Every module's mode is put back, gradients are not touched. The result is the source "refreshed".
         """
-        parameters = [p for p in self._parameters.values() if p.requires_grad]
-        names = [n for n, p in self._parameters.items() if p.requires_grad]
         weights = WeightSums(self.topology, self._weights_kind, 1.0) if self._weights_kind != "none" else None
 
         def measure(batch: Any, taken: Batch) -> None:
             with torch.enable_grad():
                 loss = loss_fn(self.model, batch)
                 # Not backward(): that would run what others hooked to the accumulation of gradients.
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                wanted = self._probe.upstream(self._mini_batch, weights=weights is not None)
+                found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
             if weights is not None:
-                given = zip(names, found, strict=True)
+                given = zip(wanted, found, strict=True)
                 weights.add({n: g.detach().float().square() * taken.size for n, g in given if g is not None})
 
         done = self._pass("refreshed", measure, data, samples, gradients=True)
@@ -367,6 +366,8 @@ class ImportanceTracker:
                     measure(batch, taken)
                 finally:
                     self._abandon()
+                if gradients:
+                    self._notice_silence(taken, sums)
                 sums.add(taken, frozenset(self._mini_batch) if gradients else frozenset())
                 done += taken.taken
                 if done >= samples:
@@ -394,7 +395,7 @@ class ImportanceTracker:
             self._batch = None
         self._watched = False
 
-    def _notice_silence(self, batch: Batch) -> None:
+    def _notice_silence(self, batch: Batch, sums: Sums) -> None:
         """A gate that never runs as a module leaves its group to be measured by mini-batch."""
         for index in list(self._silent):
             if index in batch.fired:
@@ -404,7 +405,7 @@ class ImportanceTracker:
                 if self._silent[index] >= _PATIENCE:
                     del self._silent[index]
                     self._mini_batch.add(index)
-                    self._sums["tracked"].forget(index)
+                    sums.forget(index)
 
 
 def _parameters_of(model: nn.Module, topology: Topology) -> dict[str, nn.Parameter]:

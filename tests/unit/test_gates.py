@@ -336,6 +336,30 @@ def test_where_no_gate_runs_the_mini_batch_is_measured() -> None:
     torch.testing.assert_close(got.float(), expected, rtol=1e-4, atol=1e-9)
 
 
+def test_a_refresh_alone_finds_out_that_no_gate_runs() -> None:
+    torch.manual_seed(4)
+    model = Encoder()
+    topology = trace_topology(model, torch.randn(2, 5, 8), model_id="m")
+    tracker = ImportanceTracker(model, topology)
+    x, y = torch.randn(16, 5, 8), torch.arange(16) % 3
+    tracker.refresh(cross_entropy, [(x, y)] * 5, samples=80)
+    stats, arrays = tracker.stats(checkpoint="c", run_id="r", source="refreshed")
+    assert stats.mini_batch == ("attention",)
+    assert stats.samples == 2  # five mini-batches, three of them patience
+    assert both(arrays, "attention", "sq").min() > 0
+
+
+@pytest.mark.parametrize("frozen", [["bn1.weight", "bn1.bias"], ["conv0.weight"], ["fc.weight", "fc.bias"]])
+def test_frozen_parameters_do_not_hide_a_gate(frozen: list[str]) -> None:
+    model, topology, x, y = residual()
+    whole = measured(model, topology, cross_entropy, [(x, y)])
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    part = measured(model, topology, cross_entropy, [(x, y)])
+    torch.testing.assert_close(both(part, "conv1", "abs"), both(whole, "conv1", "abs"))
+    torch.testing.assert_close(both(part, "conv0", "abs"), both(whole, "conv0", "abs"))
+
+
 def test_a_topology_of_another_model_is_refused() -> None:
     _, topology, _, _ = residual()
     with pytest.raises(ValueError, match=r"topology names .* this model has no such parameter; trace it again"):
