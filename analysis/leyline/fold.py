@@ -121,7 +121,9 @@ def fold(state: RunState | None, n: int, draft: Draft) -> RunState:
                 settings_digest=body.settings_digest,
                 runtime=body.runtime,
             )
-            return after.model_copy(update={"live": live, "gate": body.accuracy_drop})
+            named = next((p.record for p in state.pairs if body.baseline and p.checkpoint == body.baseline), None)
+            baseline = state.baseline if named is None else named
+            return after.model_copy(update={"live": live, "gate": body.accuracy_drop, "baseline": baseline})
         case Prune():
             return _prune(_end(after, draft, body), draft, body)
         case Outcome():

@@ -19,8 +19,13 @@ def checkpoint(name: str, path: str = "") -> str:
     return f"checkpoints/{name}/{path}"
 
 
+def reports(term: int) -> str:
+    """Where a term's reports begin; they order by step."""
+    return f"reports/{term}-"
+
+
 def report(term: int, step: int) -> str:
-    return f"reports/{term}-{step:012d}.json"
+    return f"{reports(term)}{step:012d}.json"
 
 
 def results(cycle: str) -> str:

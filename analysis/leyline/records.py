@@ -92,6 +92,8 @@ class Admit(Value):
     images: dict[str, str] = {}
     protocol: int = PROTOCOL
     guidance: dict[str, Any] = {}
+    baseline: str | None = None
+    """The policy's choice of a baseline, by checkpoint; None: the first publish."""
     forced: str | None = None
     """SHA-256 of a decision that a person forces, instead of the strategy's."""
 

@@ -44,7 +44,7 @@ def case_of(s: Snapshot, observer: Observer, *, method: str) -> Case:
         inherited=inherited(s, observer, topology),
         inherited_ref=s.pair.masks,
         stage=s.stage,
-        rate=rate * s.ask.rate_factor,
+        rate=rate * s.ask.guidance.rate_factor,
         settings=settings,
         carry=state.carry,
         # not the digest of the whole state: that names the runtime, and decisions are the same in each

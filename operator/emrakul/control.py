@@ -16,6 +16,7 @@ from emrakul.core import ending, plan
 from emrakul.core.plan import Plan, next_actions
 from emrakul.core.snapshot import Ask, Job, Phase, Snapshot
 from emrakul.finding import Finding
+from emrakul.guidance import Guidance
 from emrakul.observe import Observer
 from emrakul.scaling import workers
 from emrakul.settings import Settings
@@ -106,7 +107,7 @@ class Controller:
                 break  # the log moved on; look again
         return snapshot, todo
 
-    def run(self, *, watch: Callable[[Snapshot, Plan], None] = lambda _s, _p: None) -> Snapshot:
+    def run(self, *, watch: Callable[[Snapshot, Plan], None] = lambda _s, _p: None) -> tuple[Snapshot, Plan]:
         """Until the cycle has ended. `watch` sees every look. Workers are stopped however this ends."""
         shortest, longest = LOOK_SECONDS
         pause = shortest
@@ -115,7 +116,7 @@ class Controller:
                 snapshot, todo = self.step()
                 watch(snapshot, todo)
                 if todo.done:
-                    return snapshot
+                    return snapshot, todo
                 if todo.actions:
                     pause = shortest
                     continue
@@ -160,7 +161,7 @@ class Controller:
             ladder=s.state.ladder,
             breaker=s.state.breaker,
             hold=s.state.hold,
-            cap=s.ask.stage_cap,
+            cap=s.ask.guidance.cap,
             settings=s.ask.settings,
         )
         if self._forced is not None:
@@ -262,7 +263,8 @@ def frozen(ask: Ask, admitted: object) -> Ask:
         ask,
         base=admitted.base,
         settings=Settings.model_validate(admitted.settings),
-        guidance=admitted.guidance,
+        guidance=Guidance.model_validate(admitted.guidance),
+        baseline=admitted.baseline,
         forced=admitted.forced,
     )
 

@@ -259,7 +259,7 @@ class Observer:
     def _report(self, state: RunState) -> SystemStatePacket | None:
         """The newest report of the run's term: their names order by step."""
         newest = None
-        for head in self.store.list(f"reports/{state.term}-"):
+        for head in self.store.list(layout.reports(state.term)):
             newest = head.key
         return SystemStatePacket.parse(self.store.get(newest), name=newest) if newest else None
 

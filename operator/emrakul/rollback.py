@@ -230,11 +230,10 @@ def _unfit(
 
 def _draft(log: Log, state: RunState, pair: PairState, request: Request) -> Draft:
     who = "a person" if request.by == "person" else "the control plane"
-    held = "; no masks are committed until `emrakul resume`" if request.by == "person" else ""
     finding = Finding(
         request.finding.reason,
         f"{who} moved the tip from record {state.tip} back to record {pair.record} "
-        f"(checkpoint {pair.checkpoint}): {request.finding.message}{held}",
+        f"(checkpoint {pair.checkpoint}): {request.finding.message}",
     )
     return Draft(
         id=request.id,

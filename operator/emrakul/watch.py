@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from emrakul.api.policy import PolicySpec
+from emrakul.asking import ask_for
+from emrakul.core.snapshot import Ask, Snapshot
+from emrakul.finding import Finding
+from emrakul.rollback import NoTarget, Request, Validate, probation_finding, resume, roll_back
+from emrakul.settings import Settings
+from leyline import layout
+from leyline.envelope import Trust
 from leyline.fold import PairState, RunState
+from leyline.log import Log
+from leyline.messages import SystemStatePacket
+from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
+from leyline.store import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -41,3 +53,102 @@ def _fit(pair: PairState) -> bool:
 
 def admits(records: Iterable[Record]) -> tuple[Record, ...]:
     return tuple(record for record in records if record.kind is Kind.ADMIT)
+
+
+class Watcher:
+    """One policy's eyes on its run. Everything it does is found again in the log after a restart."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        log: Log,
+        policy: PolicySpec,
+        *,
+        trust: Trust | None,
+        validate: Validate,
+        drive: Callable[[Ask], Snapshot],
+        runtime: str = "local",
+    ) -> None:
+        """`drive` carries one cycle to its end; `validate` loads and checks a pair."""
+        self._store, self._log, self._policy = store, log, policy
+        self._trust, self._validate, self._drive, self._runtime = trust, validate, drive, runtime
+        self._records: list[Record] = []
+        self._seen = -1
+
+    def step(self) -> Snapshot | str | None:
+        """Do one thing: a sentence of what was done, the end of a cycle, or None if there is nothing to do now."""
+        state = self._log.tail().state
+        for record in self._log.since(self._seen):
+            self._records.append(record)
+            self._seen = record.n
+        return self._asked_rollback() or self._asked_resume(state) or self._probation(state) or self._cycle(state)
+
+    def _asked_rollback(self) -> str | None:
+        """A person's rollback, once for each id."""
+        asked = self._policy.rollback
+        if asked is None or any(r.kind is Kind.ROLLBACK and r.id == asked.id for r in self._records):
+            return None
+        if asked.to == "last-good":
+            request = Request(id=asked.id, strategy="immediate", finding=_ASKED)
+        elif asked.to == "baseline":
+            request = Request(id=asked.id, strategy="baseline", finding=_ASKED)
+        else:
+            request = Request(id=asked.id, strategy="named", finding=_ASKED, to=int(asked.to))
+        return self._roll_back(request)
+
+    def _asked_resume(self, state: RunState) -> str | None:
+        if state.hold is None or self._policy.resume_after_rollback != state.hold:
+            return None
+        return resume(self._log).record.message
+
+    def _probation(self, state: RunState) -> str | None:
+        """Masks that made the training worse go back by themselves."""
+        found = probation_finding(state, self._records, self._report(state))
+        if found is None:
+            return None
+        pruned, finding = found
+        try:
+            return self._roll_back(
+                Request(
+                    id=f"probation-{pruned.record}",
+                    strategy="immediate",
+                    finding=finding,
+                    by="operator",
+                    before=pruned.record,
+                )
+            )
+        except NoTarget:
+            return None
+
+    def _roll_back(self, request: Request) -> str:
+        rolled = roll_back(
+            self._store,
+            self._log,
+            request,
+            trust=self._trust,
+            depth=self._policy.settings.rollback.depth,
+            validate=self._validate,
+        )
+        return rolled.record.message
+
+    def _cycle(self, state: RunState) -> Snapshot | None:
+        """The live cycle is finished first, on its own frozen settings; then the newest checkpoint's turn comes."""
+        if state.live is not None:
+            admitted = next(record for record in self._records if record.n == state.live.admitted)
+            assert isinstance(admitted.body, Admit)
+            settings = Settings.model_validate(admitted.body.settings)
+            return self._drive(Ask(base=admitted.body.base, settings=settings, runtime=self._runtime))
+        found = due(state, admits(self._records), every=self._policy.every)
+        if found is None:
+            return None
+        return self._drive(ask_for(found.base, self._policy, store=self._store, runtime=self._runtime))
+
+    def _report(self, state: RunState) -> SystemStatePacket | None:
+        """The newest report of the run's term: their names order by step."""
+        newest = None
+        for head in self._store.list(layout.reports(state.term)):
+            newest = head.key
+        return SystemStatePacket.parse(self._store.get(newest), name=newest) if newest else None
+
+
+_ASKED = Finding(Reason.ASKED, "asked for in the policy")

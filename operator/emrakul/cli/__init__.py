@@ -30,6 +30,8 @@ Exit codes:
   3   refused by the rules of the run's log
   4   invalid input: a manifest, a setting, a key file, a run URI
   5   damaged or untrusted data, or no checkpoint that loads
+  6   run: the cycle was skipped, the checkpoint stays as it was
+  7   run: the candidate was refused, the checkpoint stays as it was
   75  the store refused or did not answer; trying again may help
   130 interrupted; the same command goes on from there
 

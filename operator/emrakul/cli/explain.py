@@ -14,9 +14,9 @@ from leyline.store import NotFound
 
 
 @click.command()
+@run_options
 @click.argument("cycle")
 @click.argument("unit", required=False)
-@run_options
 def command(run: Opened, out: Output, *, cycle: str, unit: str | None) -> None:
     """Why CYCLE ended as it did; with UNIT, why that unit went or stayed.
 

@@ -28,7 +28,8 @@ def admit(cycle: str, ask: Ask, *, stage: Stage, checkpoint: str) -> Draft:
             accuracy_drop=float(settings.constraints.accuracy_drop_threshold),
             runtime=ask.runtime,
             images=dict(ask.images),
-            guidance=dict(ask.guidance),
+            guidance=ask.guidance.model_dump(mode="json"),
+            baseline=ask.baseline,
             forced=ask.forced,
         ),
     )

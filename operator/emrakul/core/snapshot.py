@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from fractions import Fraction
 
 from emrakul.finding import Finding
+from emrakul.guidance import Guidance
 from emrakul.settings import Settings
 from leyline.fold import PairState, RunState
 from leyline.messages import CheckpointMetadata, Decision, Stage, SystemStatePacket, Verdict
@@ -31,11 +31,10 @@ class Ask:
     settings: Settings
     runtime: str
     images: Mapping[str, str] = field(default_factory=dict)
-    stage_cap: Stage | None = None
-    """Guidance: no stage above this one."""
-    rate_factor: Fraction = Fraction(1)
-    """Guidance: at most 1."""
-    guidance: Mapping[str, object] = field(default_factory=dict)
+    guidance: Guidance = field(default_factory=Guidance)
+    """Tamiyo's; it can only hold back."""
+    baseline: str | None = None
+    """The policy's choice, by checkpoint."""
     forced: str | None = None
     """SHA-256 of a decision that a person forces."""
     suspend: bool = False

@@ -14,9 +14,7 @@ from leyline import exits
 from leyline.store import Unreachable
 
 
-def local_recheck(
-    run_uri: str, *, environment: Mapping[str, str], seconds: float, memory_bytes: int
-) -> Validate:
+def local_recheck(run_uri: str, *, environment: Mapping[str, str], seconds: float, memory_bytes: int) -> Validate:
     """A function from a record to None (its pair is sound) or a sentence (it is not).
 
     It raises Unreachable where the store refused or did not answer, and NoAnswer where the validator itself failed:
