@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any, Self
 
 import rfc8785
@@ -20,7 +21,7 @@ class Value(BaseModel):
 
     def canonical(self) -> bytes:
         """RFC 8785 JSON: equal values give equal bytes, whoever writes them."""
-        return canonical_json(self.model_dump(mode="json"))
+        return canonical_json(json.loads(self.model_dump_json()))  # by way of JSON, where "NaN" is text
 
     def sha256(self) -> str:
         """SHA-256 of the canonical JSON, in hex."""
