@@ -71,10 +71,11 @@ class Mortal(Wrapped):
         last = self.seen["put"] == self._at
         if last and self._before:
             raise Killed
-        made = write()
-        if last:
-            raise Killed
-        return made
+        try:
+            return write()
+        finally:
+            if last:
+                raise Killed
 
 
 class Failing(Wrapped):

@@ -130,14 +130,14 @@ def write_checkpoint(
     if tracker is not None:
         files[TRACKER] = Blob(tracker.state())
         source: Literal["refreshed", "tracked"] = "refreshed" if refreshed else "tracked"
-        stats, arrays = tracker.stats(checkpoint="", run_id=run_id, lineage=lineage, step=step, source=source)
+        stats, arrays = tracker.stats(checkpoint="", run_id=run_id, step=step, source=source)
         if arrays:
             statistics = _Statistics(stats, arrays)
     digests = {path: digest_of(content) for path, content in files.items()}
     said = (str(epoch), baked.digest if baked else "", str(evaluation.ref.function) if evaluation else "")
     name = checkpoint_name(step, term, _nonce(said, digests, statistics))
     if statistics is not None:
-        statistics = statistics.named(run_id, name)
+        statistics = statistics.named(run_id, name, lineage)
         files[IMPORTANCE] = statistics.content(name, ring)
         digests[IMPORTANCE] = digest_of(files[IMPORTANCE])
     for path, content in files.items():
@@ -215,9 +215,11 @@ class _Statistics:
     stats: ImportanceStats
     arrays: Mapping[str, NDArray[Any]]
 
-    def named(self, run_id: str, name: str) -> _Statistics:
-        key = f"{run_id}/{name}/importance"
-        return _Statistics(self.stats.model_copy(update={"checkpoint": name, "idempotency_key": key}), self.arrays)
+    def named(self, run_id: str, name: str, lineage: tuple[str, ...]) -> _Statistics:
+        # published once already, the checkpoint heads its own lineage
+        before = lineage[lineage.index(name) + 1 :] if name in lineage else lineage
+        said = {"checkpoint": name, "idempotency_key": f"{run_id}/{name}/importance", "lineage": before}
+        return _Statistics(self.stats.model_copy(update=said), self.arrays)
 
     def packed(self) -> bytes:
         return tensors.pack(self.arrays, {"importance": self.stats.canonical().decode()})
