@@ -13,7 +13,16 @@ from leyline.envelope import SigningKey, Trust
 from leyline.ids import cycle_name
 from leyline.log import Log
 from leyline.masks import Masks
-from leyline.messages import Candidate, MaskRef, Stage, StoredObject, SystemStatePacket
+from leyline.messages import (
+    Candidate,
+    Decision,
+    GroupDecision,
+    MaskRef,
+    Stage,
+    StoredObject,
+    SystemStatePacket,
+    Verdict,
+)
 from leyline.records import Admit, Draft, Genesis, Open, Outcome, Prune, Publish
 from leyline.store import ObjectStore
 
@@ -72,7 +81,11 @@ class History:
         return cycle
 
     def prune(
-        self, pruned: Mapping[str, Iterable[int]], *, accuracy: float = 0.9, settings: Settings = Settings()  # noqa: B008
+        self,
+        pruned: Mapping[str, Iterable[int]],
+        *,
+        accuracy: float = 0.9,
+        settings: Settings = Settings(),  # noqa: B008
     ) -> int:
         """A whole cycle on the tip that prunes these units as well."""
         cycle = self.admit(settings)
@@ -91,8 +104,26 @@ class History:
             masks=ref,
             objects=(StoredObject(path=WEIGHTS, digest=digest_bytes(weights)),),
         )
-        verdict = b'{"outcome": "PASS"}'
+        verdict = Verdict(
+            cycle=cycle,
+            base=base.record,
+            checkpoint=base.checkpoint,
+            candidate=candidate.sha256(),
+            masks=ref.digest,
+            outcome="PASS",
+        ).canonical()
+        decision = Decision(
+            cycle=cycle,
+            base=base.record,
+            checkpoint=base.checkpoint,
+            stage=Stage.CONSERVATIVE,
+            method="forced",
+            policy_state="0" * 64,
+            settings=settings.digest(),
+            groups=tuple(GroupDecision(group=group, pruned=tuple(units)) for group, units in pruned.items()),
+        )
         for key, content in (
+            (layout.decision(cycle), decision.canonical()),
             (ref.path, data),
             (layout.candidate(cycle, base.record, WEIGHTS), weights),
             (layout.manifest(cycle, base.record), candidate.canonical()),
