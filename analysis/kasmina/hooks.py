@@ -68,6 +68,20 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return {canonical_name(f"{name}.")[:-1] if name else "": module for name, module in named}
 
 
+def parameters_of(model: nn.Module, topology: Topology) -> dict[str, nn.Parameter]:
+    """The model's parameters by canonical name (of ties the first), compared with the topology's."""
+    found = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, expected in topology.parameters.items():
+        if name not in found or tuple(found[name].shape) != expected.shape:
+            shape = "no such parameter" if name not in found else f"shape {list(found[name].shape)}"
+            raise ValueError(
+                f"the topology names {name} of shape {list(expected.shape)}, this model has {shape}; trace it again"
+            )
+    if extra := next((name for name in found if name not in topology.parameters), None):
+        raise ValueError(f"this model has {extra}, which its topology does not know; trace it again")
+    return found
+
+
 def gate_taps(modules: Mapping[str, nn.Module], topology: Topology) -> list[Tap]:
     """A tap for each gate of each group of channels (its output) and heads (the output projection's input)."""
     taps = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,16 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kasmina import kept
 from kasmina.cost import Cost, CudaMark, PairedCost, WallMark
 from kasmina.fisher import Weights, WeightSums
-from kasmina.hooks import first_tensor
+from kasmina.hooks import first_tensor, parameters_of
 from kasmina.isolation import IsolationCheck
 from kasmina.probe import Probe
 from kasmina.sums import Batch, Sums
-from leyline import tensors
-from leyline.ids import canonical_name
 from leyline.messages import ImportanceStats, IsolationReport
-from leyline.model import Malformed, canonical_json
 from leyline.topology import Topology
 
 Source = Literal["tracked", "refreshed", "forward"]
@@ -81,7 +78,7 @@ class ImportanceTracker:
             raise ValueError("samples_per_step must be at least 1, and max_cost between 0 and 1")
         self.model = model
         self.topology = topology
-        self._parameters = _parameters_of(model, topology)
+        self._parameters = parameters_of(model, topology)
         device = next(iter(self._parameters.values())).device
         self._device = device
         self._samples_per_step, self._max_cost, self._every = samples_per_step, max_cost, sample_every
@@ -274,10 +271,7 @@ class ImportanceTracker:
             arrays |= self._weights["tracked"].state()
         leak = None if self._isolation is None else self._isolation.leak
         header = {
-            "version": 1,
-            "topology": self.topology.sha256(),
-            "decay": repr(self._decay),
-            "weights": self._weights_kind,
+            **self._made_as(),
             "sampled_steps": sums.steps,
             "step": self._step,
             "first": self._first,
@@ -286,30 +280,13 @@ class ImportanceTracker:
             "checked_steps": 0 if self._isolation is None else self._isolation.checked_steps,
             "leak": None if leak is None else list(leak),
         }
-        return tensors.pack(arrays, {"tracker": canonical_json(header).decode()})
+        return kept.pack(header, arrays)
 
     def load_state(self, data: bytes, *, name: str = "the tracker's state") -> None:
         """Go on from `state()`. Malformed, with nothing changed, if it is damaged or of another topology or setting."""
-        arrays, metadata = tensors.unpack(data, name=name)
-        if "tracker" not in metadata:
-            raise Malformed(f"{name} has no tracker header; it is no tracker state")
-        header = json.loads(metadata["tracker"])
-        expected = {
-            "version": 1,
-            "topology": self.topology.sha256(),
-            "decay": repr(self._decay),
-            "weights": self._weights_kind,
-        }
-        for key, value in expected.items():
-            if header.get(key) != value:
-                raise Malformed(
-                    f"{name} has {key} {header.get(key)!r}, this tracker {value!r}; start a new tracker, or make it as "
-                    "the one that wrote the state"
-                )
         sums = self._sums["tracked"]
-        for key, tensor in (("totals", sums.totals), ("counts", sums.counts)):
-            if key not in arrays or arrays[key].shape != tuple(tensor.shape):
-                raise Malformed(f"{name} lacks {key} of shape {list(tensor.shape)}; use an older checkpoint's state")
+        shapes = {"totals": tuple(sums.totals.shape), "counts": tuple(sums.counts.shape)}
+        header, arrays = kept.unpack(data, self._made_as(), shapes, name=name)
         self._abandon()
         if "tracked" in self._weights:
             self._weights["tracked"].load_state(arrays, {n: p.device for n, p in self._parameters.items()})
@@ -326,6 +303,15 @@ class ImportanceTracker:
             report = IsolationReport(checked_steps=header["checked_steps"], leak=leak[0])
             self._isolation.restore(report, leak[1])
         self._until_sample = self._stride()
+
+    def _made_as(self) -> dict[str, Any]:
+        """What a state must have been written with to be read here."""
+        return {
+            "version": 1,
+            "topology": self.topology.sha256(),
+            "decay": repr(self._decay),
+            "weights": self._weights_kind,
+        }
 
     # --- how it measures ----------------------------------------------------------------------------------------------
 
@@ -406,17 +392,3 @@ class ImportanceTracker:
                     del self._silent[index]
                     self._mini_batch.add(index)
                     sums.forget(index)
-
-
-def _parameters_of(model: nn.Module, topology: Topology) -> dict[str, nn.Parameter]:
-    """The model's parameters by canonical name (of ties the first), compared with the topology's."""
-    found = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    for name, expected in topology.parameters.items():
-        if name not in found or tuple(found[name].shape) != expected.shape:
-            shape = "no such parameter" if name not in found else f"shape {list(found[name].shape)}"
-            raise ValueError(
-                f"the topology names {name} of shape {list(expected.shape)}, this model has {shape}; trace it again"
-            )
-    if extra := next((name for name in found if name not in topology.parameters), None):
-        raise ValueError(f"this model has {extra}, which its topology does not know; trace it again")
-    return found
