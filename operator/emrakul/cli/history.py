@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from emrakul.cli.cycles import show
 from emrakul.cli.options import Opened, run_options
 from emrakul.cli.output import Output, iso
 from leyline import layout
@@ -13,10 +14,14 @@ from leyline.records import Admit, End, Publish, Record, Retire, Rollback
 
 
 @click.command()
-@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N records.")
+@click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
+@click.option("--cycles", is_flag=True, help="The cycles instead: stage, outcome, budgets, accuracy, times.")
 @run_options
-def command(run: Opened, out: Output, *, last: int | None) -> None:
+def command(run: Opened, out: Output, *, last: int | None, cycles: bool) -> None:
     """Every record of a run: number, kind, time by the store's clock, what, reason and sentence."""
+    if cycles:
+        show(run, out, last=last)
+        return
     newest = run.log.tail().record.n
     first = 0 if last is None else max(0, newest + 1 - last)
     numbers = range(first, newest + 1)

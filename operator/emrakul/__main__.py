@@ -1,0 +1,5 @@
+"""`python -m emrakul`."""
+
+from emrakul.cli import main
+
+raise SystemExit(main())
