@@ -30,19 +30,20 @@ torch.set_num_threads(1)
 
 
 class Tiny(nn.Module):
-    """Two convolutions, a norm and a linear layer; `head.weight` and `twin` are one tensor."""
+    """Three convolutions, a norm and a linear layer; `head.bias` and `twin` are one tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(1, 6, 3, padding=1)
         self.norm = nn.BatchNorm2d(6)
         self.second = nn.Conv2d(6, 5, 3)
-        self.head = nn.Linear(5, 3)
-        self.twin = self.head.weight
+        self.third = nn.Conv2d(5, 4, 3)
+        self.head = nn.Linear(4, 3)
+        self.twin = self.head.bias
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.first(x)))
-        return self.head(torch.relu(self.second(x)).mean((2, 3)))
+        return self.head(torch.relu(self.third(torch.relu(self.second(x)))).mean((2, 3)))
 
 
 @cache
@@ -65,8 +66,12 @@ class Trainer:
         for _ in range(steps):
             self.optimizer.zero_grad()
             with self.tracker.step(len(X)):
-                nn.functional.cross_entropy(self.model(X).float(), Y).backward()
+                nn.functional.cross_entropy(self.model(X.to(self.dtype)).float(), Y).backward()
             self.optimizer.step()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     def publish(self, step: int, **options: Any) -> Entry:
         return self.run.publish(step=step, epoch=step // 10, **options)

@@ -47,6 +47,9 @@ def load_pair(store: ObjectStore, log: Log, pair: PairState, into: Into, trust: 
         except _DAMAGE as error:
             if attempt == 2:
                 raise PairDamaged(f"record {pair.record}, checkpoint {pair.checkpoint}: {error}") from error
+        except Malformed:  # the digests are right by now; only once, if something was missing for a moment
+            if attempt == 2:
+                raise
         else:
             return
 
