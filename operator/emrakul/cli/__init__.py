@@ -32,6 +32,8 @@ Exit codes:
   5   damaged or untrusted data, or no checkpoint that loads
   6   run: the cycle was skipped, the checkpoint stays as it was
   7   run: the candidate was refused, the checkpoint stays as it was
+  6   run: the cycle was skipped, the checkpoint stays as it was
+  7   run: the candidate was refused
   75  the store refused or did not answer; trying again may help
   130 interrupted; the same command goes on from there
 
@@ -80,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _group.main(given, prog_name="emrakul", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except (BrokenPipeError, SystemExit):
+        # the reader (head, less) has seen enough; click and rich turn that into SystemExit, and nobody else exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
