@@ -125,13 +125,14 @@ class Probe:
         if not view.tensor.requires_grad or not torch.is_grad_enabled():
             return
         # A copy: what follows may overwrite it (ReLU(inplace=True), a residual addition `out += x`).
-        kept = view.samples[batch.rows].clone()
+        # Of the samples measured only: a reference to the whole would keep alive what the forward frees.
+        kept, axis, sample_axis = view.samples[batch.rows].clone(), view.axis, view.sample_axis
 
         def arrived(grad: Tensor) -> None:
-            if not batch.open or (seen := by_sample(grad, view.axis, batch.size)) is None:
+            if not batch.open or (seen := by_sample(grad, axis, batch.size)) is None:
                 return
             with torch.no_grad():
-                found = per_unit(kept.float() * seen[0][batch.rows].float(), view.sample_axis, tap)
+                found = per_unit(kept.float() * seen[0][batch.rows].float(), sample_axis, tap)
                 batch.q[:, self._slices[tap.group]] += found.to(batch.device, non_blocking=True)
             batch.fired.add(tap.group)
 

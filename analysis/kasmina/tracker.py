@@ -65,7 +65,7 @@ class ImportanceTracker:
         *,
         decay: float = 0.97,
         sample_every: Literal["auto"] | int = "auto",
-        samples_per_step: int = 64,
+        samples_per_step: int = 32,
         max_cost: float = 0.01,
         isolation: bool = True,
         weights: Weights = "none",
