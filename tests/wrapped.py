@@ -4,13 +4,51 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 
-from leyline.store import Data, Head, ObjectStore
+from leyline.store import Data, Exists, Head, NotFound, ObjectStore
 
 
 class Killed(BaseException):
     """The process ended here. Not an Exception: nothing may catch it and go on."""
+
+
+class Memory:
+    """A store in a dictionary, for simulations of thousands of writes."""
+
+    uri = "memory://run"
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    def head(self, key: str) -> Head:
+        return Head(key=key, size=len(self.get(key)), pin=key, modified=self.now())
+
+    def get(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise NotFound(f"{key} does not exist")
+        return self.objects[key]
+
+    def get_range(self, key: str, start: int, stop: int, *, pin: str | None = None) -> bytes:
+        return self.get(key)[start:stop]
+
+    def put_if_absent(self, key: str, data: Data) -> bool:
+        made = key not in self.objects
+        if self.objects.setdefault(key, bytes(data)) != data:
+            raise Exists(f"{key} exists with other content")
+        return made
+
+    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
+        return self.put_if_absent(key, b"".join(chunks))
+
+    def list(self, prefix: str, *, after: str = "") -> Iterator[Head]:
+        return (self.head(key) for key in sorted(self.objects) if key.startswith(prefix) and key > after)
+
+    def delete(self, key: str) -> None:
+        self.objects.pop(key, None)
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(0, UTC)
 
 
 class Wrapped:
@@ -64,6 +102,11 @@ class Mortal(Wrapped):
 
     def __init__(self, inner: ObjectStore, *, at: int, before: bool) -> None:
         super().__init__(inner)
+        self.arm(at, before=before)
+
+    def arm(self, at: int, *, before: bool) -> None:
+        """Count writes from here."""
+        self.seen.clear()
         self._at, self._before = at, before
 
     def _written(self, key: str, write: Callable[[], bool]) -> bool:
