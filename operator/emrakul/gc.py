@@ -140,8 +140,6 @@ def _unneeded_since(
         whole = any(head.key == layout.checkpoint(name, layout.READY) for head in inside)
         return None if whole and not _fenced(name, state) else touched
     cycle = rest.partition("/")[0]
-    if state.live is not None and state.live.id == cycle:
-        return None
     if folder in keep.candidates:
         return None
     if folder in standing.candidates:
@@ -150,7 +148,7 @@ def _unneeded_since(
         return facts.written[record]
     if cycle in facts.ended:
         return facts.written[facts.ended[cycle]]
-    return None if cycle in facts.admitted else touched
+    return None if cycle in facts.admitted else touched  # the live one is admitted and has no end
 
 
 def _fenced(checkpoint: str, state: RunState) -> bool:
