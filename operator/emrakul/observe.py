@@ -61,6 +61,10 @@ class Observer:
         ready, groups, unusable = self.checkpoint(pair.checkpoint) if pair else (None, 0, None)
         ancestors = tail.state.ancestors(pair.record) if pair else ()
         steps = [other.step for other in ancestors if other.step < (pair.step if pair else 0)]
+        on = self._bases(heads)
+        here = tail.state.pair(on[-1].base) if on else None
+        if here is not None:
+            self.checkpoint(here.checkpoint)
         return (
             Snapshot(
                 cycle=self.cycle,
@@ -76,13 +80,13 @@ class Observer:
                 input=unusable,
                 rounds=self._rounds(heads, now),
                 decision=self.decision() if layout.decision(self.cycle) in heads else None,
-                on=self._bases(heads),
+                on=on,
                 marks=_marks(self.cycle, heads),
                 jobs=tuple(jobs),
                 report=self._report(tail.state) if end is None else None,
                 untrusted=self._trust is None and (self._unsigned or not self.log.signed),
                 publishes=self._publishes(ask.base),
-                evidence=dict(self._digests),
+                evidence=self._evidence({known.checkpoint for known in (pair, here) if known is not None}),
                 lineage=tuple(dict.fromkeys(other.checkpoint for other in ancestors)),
                 interval=pair.step - steps[0] if pair and steps else None,
             ),
@@ -224,6 +228,16 @@ class Observer:
             except Malformed:
                 self._answers[key] = None
         return self._answers[key]
+
+    def _evidence(self, checkpoints: set[str]) -> dict[str, str]:
+        """Digests of the cycle's own objects and of its bases' READY.json.
+
+        Not of everything that was read: a process that took the cycle over halfway has read less, and its record must
+        be the same.
+        """
+        ready = {layout.checkpoint(name, layout.READY) for name in checkpoints}
+        own = f"cycles/{self.cycle}/"
+        return {key: digest for key, digest in self._digests.items() if key in ready or key.startswith(own)}
 
     def _bases(self, heads: dict[str, Head]) -> tuple[OnBase, ...]:
         """In the order in which the cycle came to them: records grow."""

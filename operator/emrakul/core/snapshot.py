@@ -131,7 +131,7 @@ class Snapshot:
     lineage: tuple[str, ...] = ()
     """The base's ancestors' checkpoints, nearest first."""
     evidence: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 by path of what was read: manifest, requests, decision, candidate, verdict."""
+    """SHA-256 by path of what an end rests on: READY, requests, decision, candidates, verdicts."""
     interval: int | None = None
     """Steps between the last two checkpoints of this lineage."""
 
