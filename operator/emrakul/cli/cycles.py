@@ -5,8 +5,11 @@ from __future__ import annotations
 from emrakul.cli.options import Opened
 from emrakul.cli.output import Output
 from emrakul.timeline import CycleReport, cycles
+from leyline.messages import Budget
+from leyline.topology import HOST
 
-COLUMNS = ("checkpoint", "stage", "outcome", "pruned", "asked / allowed / done", "accuracy", "seconds")
+COLUMNS = ("checkpoint", "outcome", "pruned", "accuracy", "seconds")
+_VERBS = {"analyse": "score", "apply": "write", "validate": "check"}
 
 
 def show(run: Opened, out: Output, *, last: int | None) -> None:
@@ -18,24 +21,30 @@ def show(run: Opened, out: Output, *, last: int | None) -> None:
 
         out.document({"uri": run.store.uri, "cycles": [document(one) for one in found]})
         return
-    out.table(COLUMNS, (_row(one) for one in found), wide="outcome")
+    out.table(COLUMNS, (_row(one) for one in found), wide="pruned")
 
 
 def _row(one: CycleReport) -> tuple[str, ...]:
-    """A kind a line, so that a person reads across."""
-    budgets = one.budgets
+    """Several lines a cell, so that a row fits 80 columns; a kind that was allowed nothing is left out."""
+    told = [budget for budget in one.budgets if budget.allowed] or list(one.budgets[:1])
     return (
-        one.checkpoint.rpartition("-")[0],
-        one.stage,
+        f"{one.checkpoint.rpartition('-')[0]}\n{one.stage}",
         f"{one.outcome}\n{one.reason}" if one.outcome else "live",
-        "\n".join(f"{b.achieved} {b.kind.value}{'' if b.achieved == 1 else 's'}" for b in budgets) or "-",
-        "\n".join(f"{b.requested:.0%} / {b.allowed} / {b.achieved}, {b.bound}" for b in budgets) or "-",
+        "\n".join(_units(budget) for budget in told) or "-",
         _accuracy(one),
-        "\n".join(f"{name} {seconds:.1f}" for name, seconds in one.seconds.items() if name != "cycle"),
+        "\n".join(f"{_VERBS[name]} {seconds:4.1f}" for name, seconds in one.seconds.items() if name in _VERBS),
     )
 
 
+def _units(budget: Budget) -> str:
+    """Achieved of what was allowed of what is live, then the rate that was asked and the constraint that bound."""
+    where = "" if budget.domain == HOST else f" in {budget.domain}"
+    units = f"{budget.achieved}/{budget.allowed} of {budget.live} {budget.kind.value}s{where}"
+    return f"{units}\n at {budget.requested:.0%}, by {budget.bound}"
+
+
 def _accuracy(one: CycleReport) -> str:
+    """Base, then candidate."""
     if one.accuracy_base is None or one.accuracy_candidate is None:
         return "-"
     return f"{one.accuracy_base:.4f}\n{one.accuracy_candidate:.4f}"

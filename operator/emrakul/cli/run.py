@@ -121,11 +121,11 @@ def conclude(run: Opened, ended: tuple[Snapshot, Plan], out: Output) -> int:
         raise Rejected(plan.refused.sentence, CODES.get(plan.refused.outcome, 0))
     assert snapshot.admitted is not None and snapshot.end is not None
     found = report(run.store, snapshot.admitted, snapshot.end)
+    code = CODES.get(Outcome(found.outcome), 0)
     if out.json:
         out.document({"uri": run.store.uri, "untrusted": snapshot.untrusted, **document(found)})
     else:
-        out.facts(facts(found, untrusted=snapshot.untrusted))
-    code = CODES.get(Outcome(found.outcome), 0)
+        out.facts(facts(found, untrusted=snapshot.untrusted, sentence=not code))
     if code:
         click.echo(f"emrakul: {found.outcome}/{found.reason}: {found.message}", err=True)
     return code
@@ -135,15 +135,16 @@ def document(found: CycleReport) -> dict[str, Any]:
     return {**asdict(found), "budgets": [budget.model_dump(mode="json") for budget in found.budgets]}
 
 
-def facts(found: CycleReport, *, untrusted: bool) -> list[tuple[str, str]]:
+def facts(found: CycleReport, *, untrusted: bool, sentence: bool) -> list[tuple[str, str]]:
     """What a person wants to know of an ended cycle."""
     rows = [
         ("cycle", found.cycle),
         ("checkpoint", f"{found.checkpoint} (record {found.base})"),
         ("stage", found.stage),
         ("outcome", f"{found.outcome}/{found.reason}"),
-        ("", found.message),
     ]
+    if sentence:  # else it goes to stderr
+        rows.append(("", found.message))
     rows += [
         (
             f"{budget.domain}/{budget.kind.value}s",
