@@ -233,16 +233,17 @@ class Run(RuleBasedStateMachine):
         assert live is not None
         self.operate(crash, lambda: self.append(drafts.ended(live.base), base=live.base))
 
-    @rule(progressive=st.booleans(), crash=crashes)
-    def roll_back(self, progressive: bool, crash: tuple[int, bool]) -> None:
+    @precondition(lambda self: self.state().pairs)
+    @rule(data=st.data(), crash=crashes)
+    def roll_back(self, data: st.DataObject, crash: tuple[int, bool]) -> None:
+        """To the last good pair, one step, or to whatever it thinks of; the rules refuse what is condemned."""
         state = self.state()
-        if (tip := state.tip_pair) is None:
-            return
-        targets = state.ancestors(tip.record)[:1] if progressive else fallbacks(state, tip)[:1]
-        for target in targets:
-            name = f"operator-{target.record}-{state.tip_moved}"
-            draft = drafts.rolled_back(target.record, by="operator", name=name)
-            self.operate(crash, lambda draft=draft: self.append(draft, base=state.n))  # type: ignore[misc]
+        tip = state.tip_pair
+        assert tip is not None
+        sensible = [*state.ancestors(tip.record)[:1], *fallbacks(state, tip)[:1]]
+        target = data.draw(st.sampled_from([*sensible, *state.pairs]))
+        draft = drafts.rolled_back(target.record, by="operator", name=f"operator-{target.record}-{state.tip_moved}")
+        self.operate(crash, lambda: self.append(draft, base=state.n))
 
     # --- person and gc ------------------------------------------------------------------------------------------------
 
@@ -325,6 +326,7 @@ class Run(RuleBasedStateMachine):
                 assert body.by == "person" or body.to not in condemned
                 condemned = condemned - {body.to} | {pair for pair in pairs if pair > body.to}
             assert record.tip is None or record.tip.record not in condemned
+        assert {pair.record for pair in entries[-1].state.pairs if pair.condemned} <= condemned
         assert len(names) == len(set(names))
         assert self.published <= set(names)
         assert len(admitted) == len(set(admitted))
