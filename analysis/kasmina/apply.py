@@ -18,7 +18,7 @@ import numpy as np
 from kasmina.formats.index import bind, read_index
 from kasmina.rewrite import copy_masked, zeroed_weights
 from leyline import exits, layout, tensors
-from leyline.answers import result_digest
+from leyline.answers import with_result
 from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
 from leyline.candidate import Copied, copy_tasks
 from leyline.claims import Task, share
@@ -122,12 +122,10 @@ def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], top
         parameter = topology.parameters.get(name)
         if parameter is None or stop > parameter.size or start >= stop:
             raise Malformed(f"the decision prunes {name} [{start}, {stop}), which the checkpoint's topology lacks")
-        arrays, _ = tensors.unpack(_get(store, item.answer), name=item.answer)
-        if (found := result_digest(arrays)) != item.result:
-            raise Damaged(f"{item.answer} has result {found[:12]}, the decision used {item.result[:12]}")
-        packed = arrays.get(f"{item.slice.key}/mask")
+        path, data = with_result(store, item.answer, item.result)
+        packed = tensors.unpack(data, name=path)[0].get(f"{item.slice.key}/mask")
         if packed is None or packed.dtype != np.uint8 or packed.shape != ((stop - start + 7) // 8,):
-            raise Malformed(f"{item.answer} holds no {stop - start} packed bits of {item.slice.key}")
+            raise Malformed(f"{path} holds no {stop - start} packed bits of {item.slice.key}")
         active = window(packed, 0, stop - start)
         if not active.all():
             clear(weights.setdefault(name, ones(parameter.size)), start, active)

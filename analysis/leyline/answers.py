@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from leyline import layout, tensors
 from leyline.messages import StructuralAnalysisRequest, StructuralAnalysisResponse
 from leyline.model import Malformed
-from leyline.store import ObjectStore
+from leyline.store import Damaged, ObjectStore
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -102,6 +102,28 @@ def read(
         except Malformed as error:
             refused.append(str(error))
     return tuple(found), tuple(refused)
+
+
+def with_result(store: ObjectStore, folder: str, result: str) -> tuple[str, bytes]:
+    """Path and bytes of an answer in `folder` whose arrays have this digest: whoever's, they are the same arrays.
+
+    Damaged if there is none.
+    """
+    others = []
+    for head in store.list(folder):
+        data = store.get(head.key)
+        try:
+            found = result_digest(tensors.unpack(data, name=head.key)[0])
+        except Malformed as error:
+            others.append(str(error))
+            continue
+        if found == result:
+            return head.key, data
+        others.append(f"{head.key} has result {found[:12]}")
+    said = "; ".join(others) or "nothing is there"
+    raise Damaged(
+        f"no answer in {folder} has result {result[:12]}, which the decision used ({said}); start a new cycle"
+    )
 
 
 def majority(answers: Iterable[Answer], replicas: int) -> Majority:

@@ -72,7 +72,9 @@ class SystemStatePacket(Message):
 class EvaluationRef(Value):
     """How accuracy is measured: an exported program with its data, or the user's own function in their image.
 
-    Contract: `input.<i>` [N, ...] and optional `target` int64 [N] in `data`; the program returns [N, C].
+    Contract: `input.<i>` [N, ...] and optional `target` int64 [N] in `data`; the program returns [N, C]. It is given
+    `Program.batch` samples at a time, in their order, and may compare them: C is then the size of the batch, and a
+    target the place in it.
     """
 
     data: str
@@ -375,8 +377,9 @@ class WeightDecision(Value):
 
     slice: Slice
     answer: str
-    """Path of the answer in the run."""
+    """Folder of the request's answers in the run: who answered is no part of a decision."""
     result: str
+    """Digest of the arrays; an answer that has it is the one that was used."""
 
 
 class Decision(Value):

@@ -40,7 +40,7 @@ def misfits(masks: Masks, topology: Topology) -> Iterator[str]:
 
 
 def expected(decision: Decision, inherited: Masks | None, topology: Topology, answers: Mapping[str, bytes]) -> Masks:
-    """Inherited masks and the decision's, together. `answers`: the stored answers that the decision names, by path.
+    """Inherited masks and the decision's, together. `answers`: the stored answers that the decision names, by folder.
 
     Malformed where the decision names what the model does not have.
     """

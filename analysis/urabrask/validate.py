@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from leyline import layout
-from leyline.answers import result_digest
+from leyline.answers import with_result
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust
 from leyline.masks import Masks
@@ -25,7 +25,6 @@ from leyline.model import Malformed
 from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.store import Damaged, NotFound, ObjectStore
-from leyline.tensors import unpack
 from leyline.topology import Topology
 from urabrask import constraints, decided
 from urabrask.gate import sentence
@@ -52,7 +51,7 @@ class Subject:
     masks: Masks
     decision: Decision
     answers: Mapping[str, bytes]
-    """The analysis answers that a basic decision names, by path."""
+    """The analysis answers that a basic decision names, by folder."""
     trusted: bool
 
 
@@ -99,7 +98,7 @@ def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | No
         inherited=read_masks(store, request.inherited) if request.inherited else None,
         masks=read_masks(store, candidate.masks),
         decision=decision,
-        answers={weight.answer: _answer(store, weight.answer, weight.result) for weight in decision.weights},
+        answers={weight.answer: with_result(store, weight.answer, weight.result)[1] for weight in decision.weights},
         trusted=trust is not None,
     )
 
@@ -190,13 +189,6 @@ def _verdict(subject: Subject, report: Report, reason: Reason | None, message: s
         gates=tuple(report.gates),
         trusted=subject.trusted,
     )
-
-
-def _answer(store: ObjectStore, path: str, result: str) -> bytes:
-    data = _get(store, path)
-    if (found := result_digest(unpack(data, name=path)[0])) != result:
-        raise Damaged(f"{path} has result {found[:12]}, the decision used {result[:12]}; start a new cycle")
-    return data
 
 
 def _known(store: ObjectStore, key: str, digest: str) -> bytes:

@@ -11,6 +11,7 @@ from emrakul.strategy import evidence
 from emrakul.strategy.aggregate import GroupScores, aggregate
 from emrakul.strategy.basic import WeightShare
 from emrakul.strategy.budget import HEADS, LAYERS, RELIABILITY, RETENTION, Share, budget_key, room, spend
+from leyline import layout
 from leyline.answers import Answer
 from leyline.masks import Masks
 from leyline.messages import (
@@ -74,10 +75,18 @@ def decide(case: Case, answers: Answers) -> Decision:
     draft = _draft(case, "structured", {request.id: answer.message.result for request, answer in answers})
     if not scores:
         return _declined(draft, Reason.NO_IMPORTANCE, "no group has the statistics that its scores need")
+    kinds = _kinds(case)
+    if not any(one.group.kind in kinds for one in scores):
+        wanted = ", ".join(kind.value for kind in kinds)
+        return _declined(
+            draft,
+            Reason.NO_IMPORTANCE,
+            f"no group of the kinds that structured_pruning.kinds allows ({wanted}) has statistics",
+        )
     shares: list[Share] = []
     reliability: dict[str, float] = {}
     for domain in case.topology.domains:
-        for kind in STRUCTURED:
+        for kind in kinds:
             mine = [one for one in scores if (one.group.domain, one.group.kind) == (domain, kind)]
             if not mine:
                 continue
@@ -107,7 +116,7 @@ def decide_basic(
     `used` has the result digests of the earlier rounds; `fallback` says why structured pruning was not possible.
     """
     weights = tuple(
-        WeightDecision(slice=piece, answer=answer.path, result=answer.message.result)
+        WeightDecision(slice=piece, answer=layout.responses(case.cycle, request.id), result=answer.message.result)
         for request, answer in sorted(selected, key=lambda item: _order(item[0].id))
         for piece in request.slices
         if f"{piece.key}/mask" in answer.arrays
@@ -119,6 +128,11 @@ def decide_basic(
     if any(share.budget.achieved for share in shares):
         return decision
     return _nothing(decision, shares)
+
+
+def _kinds(case: Case) -> tuple[Kind, ...]:
+    """The kinds that may go in this cycle."""
+    return tuple(kind for kind in STRUCTURED if kind.value in case.settings.structured_pruning.kinds)
 
 
 def _spend(case: Case, scores: Sequence[GroupScores], domain: str, kind: Kind) -> Share:
@@ -227,6 +241,8 @@ def explain(case: Case, decision: Decision, scores: Sequence[GroupScores], group
         return f"{name} {'went' if unit in taken else 'stayed'}: a person forced this decision."
     if decision.method == "basic":
         return f"{name} stayed: this cycle pruned single weights ({decision.fallback or 'as the settings say'})."
+    if found.kind not in _kinds(case):
+        return f"{name} stayed: structured_pruning.kinds leaves out {found.kind.value}s."
     key = budget_key(found.domain, found.kind)
     budget = next((one for one in decision.budgets if _key(one) == key), None)
     one = next((one for one in scores if one.group.id == group), None)
