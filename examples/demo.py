@@ -79,7 +79,8 @@ def refuse() -> None:
     """Force random units out of every group up to its floor: within every constraint, and too much for the model."""
     store = LocalStore(RUN)
     state = Log(store).tail().state
-    newest = next(pair for pair in reversed(state.pairs) if pair.candidate is None)
+    newest = state.tip_pair
+    assert newest is not None
     name = layout.checkpoint(newest.checkpoint, "topology.json")
     topology = Topology.parse(store.get(name), name=name)
     ref = newest.masks
@@ -106,16 +107,18 @@ def random_units(group: Group, masks: Masks, chance: random.Random) -> tuple[int
 
 
 def roll_back() -> None:
-    """Flip a byte in the tip's weights: a start that loads it appends one record and takes the pair before."""
+    """Damage the tip's weights: a start that loads it appends one record and takes the good pair before."""
     tip = Log(LocalStore(RUN)).tail().record.tip
     assert tip is not None
-    folder = RUN / (tip.candidate or layout.checkpoint(tip.checkpoint))
-    victim = folder / "model.safetensors"
-    data = bytearray(victim.read_bytes())
-    data[-100] ^= 0xFF
-    victim.chmod(0o644)
-    victim.write_bytes(data)
-    console.print(f"One byte of {victim.relative_to(RUN.parent)} is flipped. A trainer starts:")
+    folders = [layout.checkpoint(tip.checkpoint), *([tip.candidate] if tip.candidate else [])]
+    for folder in folders:  # with one of the two left, loading would just take that
+        victim = RUN / folder / "model.safetensors"
+        data = bytearray(victim.read_bytes())
+        data[-100] ^= 0xFF
+        victim.chmod(0o644)
+        victim.write_bytes(data)
+        console.print(f"One byte of {victim.relative_to(RUN.parent)} is flipped.")
+    console.print("A trainer starts:")
     train(str(RUN), epochs=0)
     emrakul("history", str(RUN), "--last", "2")
 

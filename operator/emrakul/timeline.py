@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TypeVar
 
+from emrakul.core.ending import accuracy
 from leyline import layout
 from leyline.log import Log
-from leyline.messages import AnalysisResults, Budget
+from leyline.messages import Budget, Decision, Verdict
 from leyline.records import Admit, End, Kind, Record
 from leyline.store import NotFound, ObjectStore
+
+Content = TypeVar("Content", Decision, Verdict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +56,11 @@ def cycles(store: ObjectStore, log: Log, *, since: int = 0) -> Iterator[CycleRep
 def report(store: ObjectStore, admit: Record, end: Record | None) -> CycleReport:
     """One cycle, from its records and what it left in the store."""
     assert isinstance(admit.body, Admit)
-    told = _results(store, admit.id)
     body = end.body if end else None
     assert body is None or isinstance(body, End)
+    decision = _read(store, layout.decision(admit.id), Decision)
+    verdict = _read(store, layout.verdict(admit.id, body.base), Verdict) if body else None
+    before, after = accuracy(verdict) if verdict else (None, None)
     return CycleReport(
         cycle=admit.id,
         checkpoint=admit.checkpoint or "",
@@ -66,9 +72,9 @@ def report(store: ObjectStore, admit: Record, end: Record | None) -> CycleReport
         reason=end.reason if end else "",
         message=end.message if end else "",
         counts=end.masks.counts if end and end.masks else {},
-        budgets=told.budgets if told else (),
-        accuracy_base=told.accuracy_base if told else None,
-        accuracy_candidate=told.accuracy_candidate if told else body.accuracy if body else None,
+        budgets=decision.budgets if decision else (),
+        accuracy_base=before,
+        accuracy_candidate=after,
         seconds=phases(store, admit, end),
     )
 
@@ -101,9 +107,8 @@ def _at(store: ObjectStore, key: str) -> datetime | None:
         return None
 
 
-def _results(store: ObjectStore, cycle: str) -> AnalysisResults | None:
-    key = layout.results(cycle)
+def _read(store: ObjectStore, key: str, model: type[Content]) -> Content | None:
     try:
-        return AnalysisResults.parse(store.get(key), name=key)
+        return model.parse(store.get(key), name=key)
     except NotFound:
         return None

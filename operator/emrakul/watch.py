@@ -9,6 +9,7 @@ from emrakul.api.policy import PolicySpec
 from emrakul.asking import ask_for
 from emrakul.core.snapshot import Ask, Snapshot
 from emrakul.finding import Finding
+from emrakul.recovery import recover
 from emrakul.rollback import NoTarget, Request, Validate, probation_finding, resume, roll_back
 from emrakul.settings import Settings
 from leyline import layout
@@ -18,7 +19,7 @@ from leyline.log import Log
 from leyline.messages import SystemStatePacket
 from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
-from leyline.store import ObjectStore
+from leyline.store import NotFound, ObjectStore
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,16 @@ class Watcher:
         *,
         trust: Trust | None,
         validate: Validate,
-        drive: Callable[[Ask], Snapshot],
+        drive: Callable[[Ask, str | None], Snapshot],
         runtime: str = "local",
     ) -> None:
-        """`drive` carries one cycle to its end; `validate` loads and checks a pair."""
+        """`drive` carries one cycle, by name if it has one, to its end; `validate` loads and checks a pair."""
         self._store, self._log, self._policy = store, log, policy
         self._trust, self._validate, self._drive, self._runtime = trust, validate, drive, runtime
         self._records: list[Record] = []
         self._seen = -1
+        self._recovered = -1
+        self._told = -1
 
     def step(self) -> Snapshot | str | None:
         """Do one thing: a sentence of what was done, the end of a cycle, or None if there is nothing to do now."""
@@ -81,9 +84,10 @@ class Watcher:
         for record in self._log.since(self._seen):
             self._records.append(record)
             self._seen = record.n
-        return self._asked_rollback() or self._asked_resume(state) or self._probation(state) or self._cycle(state)
+        steps = (self._asked_rollback, self._asked_resume, self._probation, self._recovery, self._untold, self._cycle)
+        return next((done for step in steps if (done := step(state)) is not None), None)
 
-    def _asked_rollback(self) -> str | None:
+    def _asked_rollback(self, _state: RunState) -> str | None:
         """A person's rollback, once for each id."""
         asked = self._policy.rollback
         if asked is None or any(r.kind is Kind.ROLLBACK and r.id == asked.id for r in self._records):
@@ -131,17 +135,42 @@ class Watcher:
         )
         return rolled.record.message
 
+    def _recovery(self, state: RunState) -> str | None:
+        """Whether the run stands after its newest rollback: looked at until nothing is pending."""
+        if state.rolled_back <= self._recovered:
+            return None
+        record = self._records[state.rolled_back]
+        found = recover(self._store, self._log, record, validate=self._validate)
+        if found.outcome == "pending":
+            return None
+        self._recovered = record.n
+        return f"recovery after record {record.n}: {found.outcome}"
+
+    def _untold(self, state: RunState) -> Snapshot | None:
+        """The newest end whose results nobody told: whoever ended it stopped right then."""
+        if state.live is not None:
+            return None
+        ends = (record for record in reversed(self._records) if record.kind in (Kind.PRUNE, Kind.OUTCOME))
+        end = next(ends, None)
+        if end is None or end.n <= self._told:
+            return None
+        self._told = end.n
+        admitted = next(r for r in self._records if r.kind is Kind.ADMIT and r.id == end.id)
+        try:
+            self._store.head(layout.results(end.id))
+        except NotFound:
+            return self._drive(_admitted(admitted, self._runtime), end.id)
+        return None
+
     def _cycle(self, state: RunState) -> Snapshot | None:
         """The live cycle is finished first, on its own frozen settings; then the newest checkpoint's turn comes."""
         if state.live is not None:
             admitted = next(record for record in self._records if record.n == state.live.admitted)
-            assert isinstance(admitted.body, Admit)
-            settings = Settings.model_validate(admitted.body.settings)
-            return self._drive(Ask(base=admitted.body.base, settings=settings, runtime=self._runtime))
+            return self._drive(_admitted(admitted, self._runtime), admitted.id)
         found = due(state, admits(self._records), every=self._policy.every)
         if found is None:
             return None
-        return self._drive(ask_for(found.base, self._policy, store=self._store, runtime=self._runtime))
+        return self._drive(ask_for(found.base, self._policy, store=self._store, runtime=self._runtime), None)
 
     def _report(self, state: RunState) -> SystemStatePacket | None:
         """The newest report of the run's term: their names order by step."""
@@ -149,6 +178,13 @@ class Watcher:
         for head in self._store.list(layout.reports(state.term)):
             newest = head.key
         return SystemStatePacket.parse(self._store.get(newest), name=newest) if newest else None
+
+
+def _admitted(record: Record, runtime: str) -> Ask:
+    """What an admitted cycle asks; the controller takes the rest from the admit record itself."""
+    assert isinstance(record.body, Admit)
+    settings = Settings.model_validate(record.body.settings)
+    return Ask(base=record.body.base, settings=settings, runtime=runtime)
 
 
 _ASKED = Finding(Reason.ASKED, "asked for in the policy")

@@ -44,7 +44,7 @@ def command(policy: Path, out: Output, options: StoreOptions, *, workers: int | 
             spec,
             trust=run.trust,
             validate=validator(run, spec.settings),
-            drive=lambda ask: drive(run, ask, workers=workers)[0],
+            drive=lambda ask, name: drive(run, ask, workers=workers, name=name)[0],
         )
         while True:
             done = watcher.step()
