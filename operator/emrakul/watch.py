@@ -77,6 +77,7 @@ class Watcher:
         self._seen = -1
         self._recovered = -1
         self._told = -1
+        self._looked = -1
 
     def step(self) -> Snapshot | str | None:
         """Do one thing: a sentence of what was done, the end of a cycle, or None if there is nothing to do now."""
@@ -136,9 +137,10 @@ class Watcher:
         return rolled.record.message
 
     def _recovery(self, state: RunState) -> str | None:
-        """Whether the run stands after its newest rollback: looked at until nothing is pending."""
-        if state.rolled_back <= self._recovered:
+        """Whether the run stands after its newest rollback: looked at, whenever the log grows, until all is known."""
+        if state.rolled_back <= self._recovered or state.n == self._looked:
             return None
+        self._looked = state.n
         record = self._records[state.rolled_back]
         found = recover(self._store, self._log, record, validate=self._validate)
         if found.outcome == "pending":
