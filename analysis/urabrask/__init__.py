@@ -1,0 +1,1 @@
+"""The validator: bytes, structure, constraints, dead-unit proof and accuracy gate of one candidate."""
