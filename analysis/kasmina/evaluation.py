@@ -26,19 +26,21 @@ from leyline.program import ARITHMETIC, METADATA, Node, Program, Source
 PROGRAM = "program.safetensors"
 DATA = "evaluation.safetensors"
 
-_BATCH = 256
+BATCH = 256
+"""Samples that are evaluated at once, if nothing else is said."""
 _ASSERTIONS = ("aten._assert", "aten.sym_constrain_range")
 
 
 def export_evaluation(
-    model: nn.Module, inputs: Sequence[Tensor], target: Tensor | None, *, prefix: str = "", batch: int = _BATCH
+    model: nn.Module, inputs: Sequence[Tensor], target: Tensor | None, *, prefix: str = "", batch: int = BATCH
 ) -> tuple[bytes, bytes]:
     """The program's file and the evaluation set's.
 
     `inputs`: what `model(*inputs)` takes, each [N, ...]; `target`: int64 [N], right classes, or None (then right is
     what the base itself answers). The model returns logits [N, C], finite. It is traced in eval mode and without its
     hooks, and left as it was. Where the published model is a part of `model`, `prefix` is that part's name with a dot:
-    its tensors come from each checkpoint, everything else is stored in the program. `batch`: samples evaluated at once.
+    its tensors come from each checkpoint, everything else is stored in the program. `batch`: samples evaluated at once,
+    in their order; answers may depend on the batch, as in retrieval, where its samples are each other's candidates.
     Malformed where the model cannot be evaluated this way; the sentence says why.
     """
     return export_program(model, inputs, prefix=prefix, batch=batch), pack_data(inputs, target)
@@ -59,7 +61,7 @@ def pack_data(inputs: Sequence[Tensor], target: Tensor | None) -> bytes:
     return tensors.pack({name: _array(name, tensor)[0] for name, tensor in arrays.items()}, {})
 
 
-def export_program(model: nn.Module, inputs: Sequence[Tensor], *, prefix: str = "", batch: int = _BATCH) -> bytes:
+def export_program(model: nn.Module, inputs: Sequence[Tensor], *, prefix: str = "", batch: int = BATCH) -> bytes:
     """The program alone; `inputs` are traced with their first two samples, so they must have two."""
     if not inputs or any(tensor.dim() == 0 or len(tensor) < 2 for tensor in inputs):
         raise Malformed("exporting the evaluation program needs at least two samples of each input")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kasmina.evaluation import DATA, PROGRAM, export_program, pack_data
+from kasmina.evaluation import BATCH, DATA, PROGRAM, export_program, pack_data
 from kasmina.tensor_files import Blob, Content, TensorFile, digest_of, weight_files
+from kasmina.tracker import Source
 from kasmina.training_state import Training
 from leyline import layout, tensors
 from leyline.crypt import KeyRing, encrypt, sealed_size
@@ -82,18 +83,39 @@ class EvaluationExport:
         self._programs: dict[tuple[object, ...], bytes] = {}
 
     def of(
-        self, model: nn.Module, data: tuple[Tensor | Sequence[Tensor], Tensor | None], function: str | None
+        self,
+        model: nn.Module,
+        data: tuple[Tensor | Sequence[Tensor], Tensor | None],
+        function: str | None,
+        *,
+        answering: nn.Module | None = None,
+        batch: int = BATCH,
     ) -> Evaluation:
-        """`data`: inputs, each [N, ...], and the right classes [N] or None. `function`: the user's own instead."""
+        """`data`: inputs, each [N, ...], and the right classes [N] or None. `function`: the user's own instead.
+
+        `answering`: a module that holds `model` and returns logits, where `model` itself returns something else.
+        """
         inputs = (data[0],) if isinstance(data[0], Tensor) else tuple(data[0])
         files = {DATA: pack_data(inputs, data[1])}
         if function is not None:
             return Evaluation(EvaluationRef(data=DATA, function=function), files)
-        shape = tuple((tuple(each.shape[1:]), each.dtype) for each in inputs)
+        shape = (*((tuple(each.shape[1:]), each.dtype) for each in inputs), answering, batch)
         if shape not in self._programs:
-            self._programs[shape] = export_program(model, inputs)
+            whole = model if answering is None else answering
+            self._programs[shape] = export_program(whole, inputs, prefix=_place(model, whole), batch=batch)
         files[PROGRAM] = self._programs[shape]
         return Evaluation(EvaluationRef(data=DATA, program=PROGRAM), files)
+
+
+def _place(model: nn.Module, whole: nn.Module) -> str:
+    """The prefix of `model`'s tensors in `whole`: "" where they are one. Malformed if `whole` does not hold it."""
+    for name, module in whole.named_modules():
+        if module is model:
+            return f"{name}." if name else ""
+    raise Malformed(
+        f"{type(whole).__name__} does not hold the {type(model).__name__} that is published, so its answers would say "
+        "nothing of it; give an evaluation model that has it as a submodule"
+    )
 
 
 def write_checkpoint(
@@ -104,7 +126,7 @@ def write_checkpoint(
     step: int,
     epoch: int,
     term: int,
-    refreshed: bool = False,
+    source: Source = "tracked",
     lineage: tuple[str, ...] = (),
     baked: MaskRef | None = None,
     evaluation: Evaluation | None = None,
@@ -113,6 +135,8 @@ def write_checkpoint(
     ring: KeyRing | None = None,
 ) -> Written:
     """Write the objects, then READY.json. With `ring` the statistics are encrypted.
+
+    `source`: which of the tracker's statistics go with it.
 
     IsolationLeak, before anything is written, if a foreign gradient was seen.
     """
@@ -129,7 +153,6 @@ def write_checkpoint(
     statistics: _Statistics | None = None
     if tracker is not None:
         files[TRACKER] = Blob(tracker.state())
-        source: Literal["refreshed", "tracked"] = "refreshed" if refreshed else "tracked"
         stats, arrays = tracker.stats(checkpoint="", run_id=run_id, step=step, source=source)
         if arrays:
             statistics = _Statistics(stats, arrays)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina.enforce import MaskEnforcer, MasksDoNotFit
+from kasmina.evaluation import BATCH
 from kasmina.into import IntoTensors, IntoTraining
 from kasmina.load import Loaded, load_newest
 from kasmina.pair import read_masks
@@ -37,7 +38,7 @@ from kasmina.publish import (
 )
 from kasmina.report import LossHistory, State
 from kasmina.sync import Position, SyncResult, news
-from kasmina.tracker import ImportanceTracker
+from kasmina.tracker import ImportanceTracker, Source
 from kasmina.training_state import Training
 from leyline import layout
 from leyline.crypt import KeyRing
@@ -58,7 +59,8 @@ _REFRESH_INTERVAL = 1600
 _REFRESH_SAMPLES = 1000
 
 Data = tuple[Callable[[nn.Module, Any], Tensor], Iterable[Any]]
-"""(loss function of model and mini-batch, mini-batches): what `tracker.refresh` takes."""
+"""(loss function of model and mini-batch, mini-batches): what `tracker.refresh` takes. Without gradients the function
+only has to run the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,16 +193,22 @@ class TrainingRun:
         epoch: int,
         evaluation: tuple[Tensor | Sequence[Tensor], Tensor | None] | None = None,
         evaluation_function: str | None = None,
+        evaluation_model: nn.Module | None = None,
+        evaluation_batch: int = BATCH,
         refresh: int | None = None,
         data: Data | None = None,
+        gradients: bool = True,
         wait: bool = False,
     ) -> Entry:
         """Write a checkpoint and append its record; returns that.
 
         `evaluation`: (inputs [N, ...] or several, right classes int64 [N] or None), what the validator measures
         accuracy on; with `evaluation_function` ("module:function" of your own image) instead of the exported model.
+        `evaluation_model`: the module that answers, where the trained model returns no logits [N, C]; it must hold the
+        trained one. `evaluation_batch`: samples it is given at once, in their order.
         `refresh`: measure importance on so many samples of `data` first (0: never; left out: 1,000 where `data` is
-        given and the last checkpoint is 1,600 steps or more ago). `wait`: wait for the cycle, as `wait()` does.
+        given and the last checkpoint is 1,600 steps or more ago). `gradients=False` refreshes by forward passes alone
+        (`tracker.forward_only`), for a model that is not being trained. `wait`: wait for the cycle, as `wait()` does.
 
         Raises IsolationLeak (nothing is written), PublishRefused (rolled back, or another trainer has the run: sync()
         says which), StoreError. The same state may be published again after any of these.
@@ -212,10 +220,16 @@ class TrainingRun:
         if self._training.tracker is not None:
             self._training.tracker.check_isolation()
         state = self._log.tail().state
-        refreshed = self._refresh(refresh, data, step)
+        source = self._refresh(refresh, data, step, gradients=gradients)
         exported = None
         if evaluation is not None:
-            exported = self._exports.of(self._training.model, evaluation, evaluation_function)
+            exported = self._exports.of(
+                self._training.model,
+                evaluation,
+                evaluation_function,
+                answering=evaluation_model,
+                batch=evaluation_batch,
+            )
         written = write_checkpoint(
             self._store,
             self._training,
@@ -223,7 +237,7 @@ class TrainingRun:
             step=step,
             epoch=epoch,
             term=self._term,
-            refreshed=refreshed,
+            source=source,
             lineage=lineage_of(state),
             baked=self._position.masks,
             evaluation=exported,
@@ -349,19 +363,23 @@ class TrainingRun:
         if self._position.opened is not None and state.opened != self._position.opened:
             raise PublishRefused("another trainer opened this run since; stop, or start() anew to take it back")
 
-    def _refresh(self, samples: int | None, data: Data | None, step: int) -> bool:
+    def _refresh(self, samples: int | None, data: Data | None, step: int, *, gradients: bool) -> Source:
+        """Measure if it is time to; which statistics are to be published."""
         tracker = self._training.tracker
         if samples is None:
             body = self._published.record.body if self._published else None
             before = body.step if isinstance(body, Publish) else self.resumed.step if self.resumed else 0
             samples = _REFRESH_SAMPLES if data is not None and step - before >= _REFRESH_INTERVAL else 0
         if not samples:
-            return False
+            return "tracked"
         if tracker is None or data is None:
             raise ValueError("refresh needs a tracker, and data=(loss function, mini-batches)")
-        loss_fn, batches = data
-        tracker.refresh(loss_fn, batches, samples=samples)
-        return True
+        function, batches = data
+        if not gradients:
+            tracker.forward_only(function, batches, samples=samples)
+            return "forward"
+        tracker.refresh(function, batches, samples=samples)
+        return "refreshed"
 
 
 def load_tip(
