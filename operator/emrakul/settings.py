@@ -8,7 +8,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 from emrakul.invalid import Invalid, read_yaml, sentence
@@ -22,7 +22,10 @@ Count = Annotated[int, Field(strict=True, ge=1, le=1000)]
 Natural = Annotated[int, Field(strict=True, ge=0, le=1_000_000_000)]
 Positive = Annotated[int, Field(strict=True, ge=1, le=10**12)]
 Note = Annotated[str, Field(max_length=200)]
+UnitKind = Literal["channel", "head", "layer"]
 Scorer = Literal["taylor", "michel", "block_influence", "contribution", "fisher", "wanda", "magnitude"]
+
+UNIT_KINDS: tuple[UnitKind, ...] = ("channel", "head", "layer")
 
 SCORERS: tuple[Scorer, ...] = ("taylor", "michel", "block_influence", "contribution", "wanda", "fisher", "magnitude")
 """Every scorer in the default order: of those that suit a kind of unit, the first decides."""
@@ -97,8 +100,19 @@ class StructuredPruning(Section):
 
     enabled: Flag = True
     """False: basic pruning of single weights only, at the outer conservative_threshold."""
+    kinds: Annotated[tuple[UnitKind, ...], Field(min_length=1, max_length=len(UNIT_KINDS))] = UNIT_KINDS
+    """Kinds of units that may go; the others stay, and their carry waits. For a model whose heads fail the gate while
+    its channels would pass, write [channel]."""
     progressive_schedule: ProgressiveSchedule = ProgressiveSchedule()
     safety_constraints: SafetyConstraints = SafetyConstraints()
+
+    @field_validator("kinds")
+    @classmethod
+    def _once(cls, kinds: tuple[UnitKind, ...]) -> tuple[UnitKind, ...]:
+        """In one order, so that the same choice is the same settings."""
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"kinds names a kind twice: {', '.join(kinds)}")
+        return tuple(kind for kind in UNIT_KINDS if kind in kinds)
 
 
 class RankingTarget(Section):

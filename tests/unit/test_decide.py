@@ -434,3 +434,28 @@ def test_a_basic_round_that_may_take_nothing_declines() -> None:
     shares = spend_weights(topology, slices_of(histogram), one, rate=Fraction(1, 100), carry={}, settings=Settings())
     decision = decide_basic(case(topology), shares, [], used={})
     assert decision.declined == "BelowOneUnit"
+
+
+def test_a_kind_that_the_settings_leave_out_stays_and_its_carry_waits() -> None:
+    topology = models.join(models.chain([20]), models.attention(2, 12))
+    only = Settings.from_yaml("structured_pruning: {kinds: [channel]}")
+    given = answers(topology, ramp(topology), scorer="contribution", settings=only)
+    asked = case(
+        topology,
+        settings=only,
+        checkpoint=models.checkpoint(stats=models.statistics(source="forward")),
+        carry={"host/head": "3/4"},
+    )
+    decision = decide(asked, given)
+    assert {budget.kind for budget in decision.budgets} == {Kind.CHANNEL}
+    assert decision.groups and all(one.group.startswith("fc") for one in decision.groups)
+    assert explain(asked, decision, score(asked, given), "layer0", 0).endswith("kinds leaves out heads.")
+    everything = decide(case(topology, checkpoint=models.checkpoint(stats=models.statistics(source="forward"))), given)
+    assert {budget.kind for budget in everything.budgets} == {Kind.CHANNEL, Kind.HEAD}
+
+
+def test_a_model_without_the_kinds_that_may_go_says_so() -> None:
+    heads = Settings.from_yaml("structured_pruning: {kinds: [head]}")
+    decision = decide(case(WIDE, settings=heads), answers(WIDE, ramp(WIDE), settings=heads))
+    assert decision.declined == "NoImportance"
+    assert "structured_pruning.kinds allows (head)" in decision.message

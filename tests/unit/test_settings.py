@@ -163,3 +163,20 @@ def test_an_empty_file_means_the_defaults_and_one_scorer_may_be_named() -> None:
     chosen = Settings.from_yaml("importance: magnitude")
     assert chosen.scorers[0] == "magnitude"
     assert set(chosen.scorers) == set(Settings().scorers)
+
+
+def test_kinds_that_may_go_are_one_choice_in_whatever_order() -> None:
+    chosen = Settings.from_yaml("structured_pruning: {kinds: [head, channel]}")
+    assert chosen == Settings.from_yaml("structured_pruning: {kinds: [channel, head]}")
+    assert chosen.structured_pruning.kinds == ("channel", "head")
+    assert chosen.digest() != Settings().digest()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [("[head, head]", "names a kind twice"), ("[]", "structured_pruning.kinds"), ("[weight]", "'channel'")],
+)
+def test_kinds_that_cannot_be_chosen(kinds: str, says: str) -> None:
+    with pytest.raises(Invalid) as refusal:
+        Settings.from_yaml(f"structured_pruning: {{kinds: {kinds}}}")
+    assert says in str(refusal.value)
