@@ -104,6 +104,8 @@ class Controller:
             try:
                 self._do(action, snapshot, now)
             except NotAllowed:
+                if self._log.tail().record.n == snapshot.state.n:
+                    raise  # nothing moved: looking again would give the same plan for ever
                 break  # the log moved on; look again
         return snapshot, todo
 
