@@ -186,7 +186,7 @@ class Observer:
             wanted = self.requests(number)
             tasks = [Task(id=request.id) for request in wanted.requests]
             states = attempt_states(heads.values(), cycle=self.cycle, tasks=tasks, limits=wanted.limits, now=now)
-            answered, given_up, finding, failed = 0, [], None, ""
+            answered, given_up, disputed, finding, failed = 0, [], [], None, ""
             dissenters: set[int] = set()
             for request in wanted.requests:
                 prefix = layout.responses(self.cycle, request.id)
@@ -194,7 +194,9 @@ class Observer:
                 counted = answers.majority(valid, wanted.limits.replicas)
                 dissenters.update(counted.dissenters)
                 if counted.answer is None:
-                    if states[request.id].given_up(wanted.limits):
+                    if len({answer.message.worker for answer in valid}) >= wanted.limits.replicas:
+                        disputed.append(request.id)
+                    elif states[request.id].given_up(wanted.limits):
                         given_up.append(request.id)
                     continue
                 answered += 1
@@ -212,6 +214,7 @@ class Observer:
                     requests=len(wanted.requests),
                     answered=answered,
                     given_up=tuple(given_up),
+                    disputed=tuple(disputed),
                     finding=finding,
                     failed=failed,
                     dissenters=tuple(sorted(dissenters)),

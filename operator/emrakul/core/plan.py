@@ -235,6 +235,9 @@ def _analyse(s: Snapshot, now: datetime) -> Plan | None:
         fallback = next((r.failed for r in s.rounds if r.failed), "")
         method = "structured" if newest.method == "structured" else "basic"
         return Plan(state="Deciding", actions=(Decide(method, fallback),))
+    if newest.disputed:
+        why = f"no majority among {s.ask.settings.replicas} workers that answered request {newest.disputed[0]}"
+        return _end(Finding(Reason.WORKERS_FAILED, why))
     if newest.given_up:
         return _end(_gave_up(s, newest))
     limit = timedelta(seconds=s.ask.settings.checkpoint_analysis_timeout)

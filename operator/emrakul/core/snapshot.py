@@ -72,6 +72,8 @@ class Round:
     """An answer that says: this input breaks a rule, or these statistics cannot be used."""
     failed: str = ""
     """An answer that says: the scorer could not do it."""
+    disputed: tuple[str, ...] = ()
+    """Requests that enough workers have answered, with no majority among them."""
     dissenters: tuple[int, ...] = ()
     """Workers whose answer the majority contradicts."""
 
