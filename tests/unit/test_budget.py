@@ -248,3 +248,10 @@ def test_a_looser_setting_is_what_allows_more() -> None:
     forced = [GroupDecision(group="block0", pruned=(0,)), GroupDecision(group="block1", pruned=(0,))]
     loose = StructuredPruning(safety_constraints=SafetyConstraints(max_layer_removal=Fraction(4, 10)))
     assert check_constraints(topology, models.masks(topology, {}), forced, loose.safety_constraints) is None
+
+
+def test_a_masked_layer_without_a_score_counts_against_max_layer_removal() -> None:
+    scores = models.scored(models.branches(4), [[9.0], [0.1], [5.0], [5.0]])[1:]
+    known = {"domain": HOST, "kind": Kind.LAYER, "layers": 4, "rate": Fraction(1, 2), "carry": Fraction(0)}
+    assert [one.group for one in spend(scores, **known, settings=SETTINGS).pruned] == ["block1"]
+    assert spend(scores, **known, removed=1, settings=SETTINGS).pruned == ()

@@ -108,13 +108,15 @@ def spend(
     domain: str,
     kind: Kind,
     layers: int = 0,
+    removed: int = 0,
     rate: Fraction,
     carry: Fraction,
     settings: Settings,
 ) -> Share:
     """Choose the units of one kind in one domain. `scores` are its groups in topology order.
 
-    Of kind layer, `layers` is the number of original layers in the domain.
+    Of kind layer, `layers` is the number of original layers in the domain, of which `removed` are masked: also those
+    that have no score.
     """
     live = sum(int(one.live.sum()) for one in scores)
     given = allowance(rate=rate, live=live, carry=carry)
@@ -124,7 +126,7 @@ def spend(
         for position, one in enumerate(scores)
         for unit in np.flatnonzero(one.live & (one.upper <= (-math.inf if limit is None else limit))).tolist()
     )
-    rooms = _Rooms(scores, kind, layers, settings)
+    rooms = _Rooms(scores, kind, layers, removed, settings)
     full = rooms.all_full
     chosen: dict[int, list[int]] = {}
     refused: Counter[str] = Counter()
@@ -161,7 +163,9 @@ def spend(
 class _Rooms:
     """The caps of all groups while the walk takes units from them."""
 
-    def __init__(self, scores: Sequence[GroupScores], kind: Kind, layers: int, settings: Settings) -> None:
+    def __init__(
+        self, scores: Sequence[GroupScores], kind: Kind, layers: int, removed: int, settings: Settings
+    ) -> None:
         constraints = settings.constraints
         self._kind = kind
         self._threshold = float(settings.head_redundancy)
@@ -170,7 +174,7 @@ class _Rooms:
         self._left = [one.units for one in found]
         self._constraint = [one.constraint for one in found]
         gone = sum(one.pruned for one in scores)
-        self._layers = layer_room(layers, gone, constraints)
+        self._layers = layer_room(layers, max(gone, removed), constraints)
 
     @property
     def all_full(self) -> bool:

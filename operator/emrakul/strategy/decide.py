@@ -136,12 +136,14 @@ def _kinds(case: Case) -> tuple[Kind, ...]:
 
 
 def _spend(case: Case, scores: Sequence[GroupScores], domain: str, kind: Kind) -> Share:
-    layers = sum((group.domain, group.kind) == (domain, Kind.LAYER) for group in case.topology.groups)
+    layers = [group.id for group in case.topology.groups if (group.domain, group.kind) == (domain, Kind.LAYER)]
+    masked = [pruned for id_ in layers if (pruned := case.inherited.pruned(id_)) is not None]
     return spend(
         scores,
         domain=domain,
         kind=kind,
-        layers=layers,
+        layers=len(layers),
+        removed=sum(int(pruned.sum()) for pruned in masked),
         rate=case.rate,
         carry=case.carried(domain, kind),
         settings=case.settings,
