@@ -86,9 +86,10 @@ class RunState(Value):
 
     def ancestors(self, record: int) -> tuple[PairState, ...]:
         """The pair's parents, nearest first."""
+        known = {pair.record: pair for pair in self.pairs}  # a run may have thousands
         found = []
-        pair = self.pair(record)
-        while pair is not None and pair.parent is not None and (pair := self.pair(pair.parent)) is not None:
+        pair = known.get(record)
+        while pair is not None and pair.parent is not None and (pair := known.get(pair.parent)) is not None:
             found.append(pair)
         return tuple(found)
 
