@@ -8,7 +8,7 @@ from leyline import layout
 from leyline.envelope import Role, SigningKey, Trust, open_envelope, seal
 from leyline.messages import CheckpointMetadata
 from leyline.model import Malformed
-from leyline.store import ObjectStore
+from leyline.store import ObjectStore, StoreError, checked_key
 
 PAYLOAD = "application/vnd.emrakul.checkpoint+json"
 WRITERS: tuple[Role, ...] = ("trainer",)
@@ -30,6 +30,11 @@ def read_ready(store: ObjectStore, name: str, trust: Trust | None) -> Checkpoint
     if metadata.name != name:
         raise Malformed(f"{key} speaks of checkpoint {metadata.name}; it was copied there, publish it again")
     listed = {stored.path for stored in metadata.objects}
+    for path in sorted(listed):
+        try:
+            checked_key(path)
+        except StoreError as error:
+            raise Malformed(f"{key} lists the object {path!r}, which leads out of the checkpoint; refused") from error
     if len(listed) != len(metadata.objects):
         raise Malformed(f"{key} lists an object twice; publish the checkpoint again")
     named = (*metadata.weights, metadata.optimizer, metadata.topology, metadata.importance, metadata.tracker)

@@ -100,21 +100,26 @@ def conclude(s: Snapshot, observer: Observer, *, method: str, fallback: str = ""
 
 
 def forced(s: Snapshot, observer: Observer) -> Decision:
-    """A person's decision, held to the same constraints as everybody's."""
+    """A person's choice of units and weights, held to the same constraints as everybody's.
+
+    What else their file says (budgets with their carry, a reason to decline) speaks of the cycle that it came from.
+    """
     key = layout.forced(s.cycle)
+    if observer.digest(key) != s.ask.forced:
+        raise Malformed(f"{key} is not the decision that was admitted; it was exchanged, start a new cycle")
     wanted = Decision.parse(observer.store.get(key), name=key)
     case = case_of(s, observer, method="structured")
-    decision = wanted.model_copy(
-        update={
-            "cycle": s.cycle,
-            "base": s.ask.base,
-            "checkpoint": case.checkpoint.name,
-            "stage": s.stage,
-            "method": "forced",
-            "policy_state": case.policy_state,
-            "settings": case.settings.digest(),
-            "inherited": case.inherited_ref,
-        }
+    decision = Decision(
+        cycle=s.cycle,
+        base=s.ask.base,
+        checkpoint=case.checkpoint.name,
+        stage=s.stage,
+        method="forced",
+        policy_state=case.policy_state,
+        settings=case.settings.digest(),
+        inherited=case.inherited_ref,
+        groups=wanted.groups,
+        weights=wanted.weights,
     )
     finding: Finding | None = check_constraints(
         case.topology, case.inherited, decision.groups, case.settings.constraints

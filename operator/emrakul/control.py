@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Protocol
 
 from emrakul import analysis, schedule
@@ -23,6 +25,7 @@ from emrakul.settings import Settings
 from emrakul.strategy.requests import ROUND, Method
 from leyline import layout
 from leyline.envelope import Trust
+from leyline.fold import RunState
 from leyline.ids import cycle_name
 from leyline.log import Log, NotAllowed
 from leyline.messages import (
@@ -33,9 +36,10 @@ from leyline.messages import (
     Requests,
     WorkLimits,
 )
-from leyline.model import key_of
+from leyline.model import Malformed, key_of
+from leyline.reasons import Reason
 from leyline.records import Admit, Draft
-from leyline.store import ObjectStore
+from leyline.store import Damaged, Exists, NotFound, ObjectStore
 
 LOOK_SECONDS = (0.05, 1.0)
 """Between two looks, while workers run: from the first to the second, doubling. A look costs two listings."""
@@ -107,6 +111,12 @@ class Controller:
                 if self._log.tail().record.n == snapshot.state.n:
                     raise  # nothing moved: looking again would give the same plan for ever
                 break  # the log moved on; look again
+            except (Malformed, Damaged, NotFound) as error:
+                if not isinstance(action, plan.Cut | plan.Decide | plan.Commit):
+                    raise
+                # what this driver cannot read no other will: left live, the cycle would stand in the way of all others
+                self._append(ending.outcome(snapshot, Finding(Reason.INVALID_INPUT, str(error))), snapshot)
+                break
         return snapshot, todo
 
     def run(self, *, watch: Callable[[Snapshot, Plan], None] = lambda _s, _p: None) -> tuple[Snapshot, Plan]:
@@ -154,7 +164,8 @@ class Controller:
             case plan.Tell():
                 assert s.end is not None
                 told = ending.results(s, s.end, run=s.state.run_id)
-                self._store.put_if_absent(layout.results(s.cycle), told.canonical())
+                with suppress(Exists):  # another driver told first, of a verdict that came after the end
+                    self._store.put_if_absent(layout.results(s.cycle), told.canonical())
 
     def _admit(self, s: Snapshot) -> None:
         assert s.pair is not None
@@ -242,14 +253,22 @@ class Controller:
     def _abandon(self, s: Snapshot, finding: Finding) -> None:
         live = s.state.live
         if live is not None:
-            self._log.append(ending.abandoned(s.state, finding), base=live.admitted)
+            draft = ending.abandoned(s.state, finding)
+            self._log.append(draft, base=live.admitted, unless=partial(_overtaken, before=s.state))
 
     def _append(self, draft: Draft, s: Snapshot) -> None:
-        self._log.append(draft, base=s.ask.base)
+        self._log.append(draft, base=s.ask.base, unless=partial(_overtaken, before=s.state))
 
     def _candidate(self, base: int) -> Candidate:
         key = layout.manifest(self.cycle, base)
         return Candidate.parse(self._store.get(key), name=key)
+
+
+def _overtaken(now: RunState, *, before: RunState) -> str | None:
+    """An end carries stage and breaker: made from older ones, it would undo what came since."""
+    if (now.ladder, now.breaker) != (before.ladder, before.breaker):
+        return f"stage or breaker changed between record {before.n} and record {now.n}"
+    return None
 
 
 def name_of(ask: Ask) -> str:

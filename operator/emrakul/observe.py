@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from emrakul.core.snapshot import Ask, Job, OnBase, Phase, Round, Snapshot
 from emrakul.finding import Finding
+from emrakul.settings import Settings
 from emrakul.strategy.requests import ROUND
 from leyline import answers, layout
 from leyline.claims import Task, attempt_states
@@ -26,7 +27,7 @@ from leyline.messages import (
 from leyline.model import Malformed
 from leyline.ready import read_ready
 from leyline.reasons import Reason
-from leyline.records import Kind, Record
+from leyline.records import Admit, Kind, Record
 from leyline.store import Damaged, Head, NotFound, ObjectStore
 from leyline.topology import Topology
 
@@ -75,6 +76,7 @@ class Observer:
                 told=end is not None and self._exists(layout.results(self.cycle)),
                 pair=pair,
                 live_quiet_since=self._quiet_since(tail.state),
+                live_settings=self._live_settings(tail.state),
                 ready=ready,
                 groups=groups,
                 input=unusable,
@@ -268,6 +270,13 @@ class Observer:
             return None
         moved = [head.modified for head in self.store.list(f"cycles/{live.id}/")]
         return max([self.store.head(layout.record(live.admitted)).modified, *moved])
+
+    def _live_settings(self, state: RunState) -> Settings | None:
+        """Another live cycle's settings."""
+        if state.live is None or state.live.id == self.cycle:
+            return None
+        body = self.log.read(state.live.admitted)[0].body
+        return Settings.model_validate(body.settings) if isinstance(body, Admit) else None
 
     def _publishes(self, base: int) -> tuple[datetime, ...]:
         moved = [record.n for record in self._records if record.kind is Kind.PUBLISH]

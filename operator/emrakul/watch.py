@@ -115,7 +115,8 @@ class Watcher:
         try:
             return self._roll_back(
                 Request(
-                    id=f"probation-{pruned.record}",
+                    # a person may have brought the pair back since: then it is another probation
+                    id=f"probation-{pruned.record}-{max(pruned.record, state.rolled_back)}",
                     strategy="immediate",
                     finding=finding,
                     by="operator",

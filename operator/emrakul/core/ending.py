@@ -8,6 +8,7 @@ from emrakul.finding import Finding
 from leyline import layout
 from leyline.fold import RunState
 from leyline.messages import AnalysisResults, Candidate, Decision, GateResult, Stage, Verdict
+from leyline.model import Malformed
 from leyline.policy import Ladder
 from leyline.reasons import OUTCOME_OF, Outcome, Reason
 from leyline.records import Admit, Draft, Prune
@@ -136,7 +137,7 @@ def check_verdict(verdict: Verdict, s: Snapshot, candidate: Candidate) -> None:
     expected = (s.cycle, here.base, candidate.checkpoint, here.candidate, candidate.masks.digest, "PASS")
     found = (verdict.cycle, verdict.base, verdict.checkpoint, verdict.candidate, verdict.masks, verdict.outcome)
     if expected != found:
-        raise ValueError(f"the verdict speaks of {found}, the candidate is {expected}; nothing is committed")
+        raise Malformed(f"the verdict speaks of {found}, the candidate is {expected}; nothing is committed")
 
 
 def _ladder(s: Snapshot, finding: Finding) -> Ladder:

@@ -155,7 +155,9 @@ def _another_is_live(s: Snapshot, now: datetime) -> Plan | None:
     if s.admitted is not None or live is None:
         return None
     quiet = now - (s.live_quiet_since or now)
-    limit = timedelta(seconds=s.ask.settings.startup_timeout + s.ask.settings.checkpoint_analysis_timeout) + GRACE
+    its = s.live_settings or s.ask.settings
+    longest = max(its.checkpoint_analysis_timeout, its.validation_timeout)
+    limit = timedelta(seconds=its.startup_timeout + longest) + GRACE
     if quiet > limit:
         why = f"cycle {live.id} has not moved for {quiet.total_seconds():.0f} s; no process drives it any more"
         return Plan(state="Waiting", actions=(Abandon(live.id, Finding(Reason.ABANDONED, why)),))
@@ -171,7 +173,7 @@ def _unfit_base(s: Snapshot, _now: datetime) -> Plan | None:
     """A base that the log does not have, has condemned, or whose weights lack its masks: no cycle begins there."""
     if s.admitted is not None:
         return None
-    if s.pair is None:
+    if s.pair is None or s.state.pair(s.ask.base) is None:
         finding = Finding(Reason.SUPERSEDED, f"record {s.ask.base} is no pair of this run, or is retired")
     elif s.pair.condemned:
         finding = Finding(Reason.ROLLED_BACK_MEANWHILE, f"checkpoint {s.pair.checkpoint} was condemned by a rollback")

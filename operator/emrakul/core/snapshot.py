@@ -113,6 +113,8 @@ class Snapshot:
     """The base pair as it was; None if the log does not have it."""
     live_quiet_since: datetime | None = None
     """When another live cycle was last active, by the store's clock."""
+    live_settings: Settings | None = None
+    """The other live cycle's own settings, frozen when it was admitted: its limits are theirs."""
     ready: CheckpointMetadata | None = None
     groups: int = 0
     """Groups in the checkpoint's topology."""
