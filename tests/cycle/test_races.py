@@ -152,23 +152,25 @@ def test_three_publishes_are_followed(store: LocalStore) -> None:
     [r"cycles/.*/requests-0\.json", r"cycles/.*/MANIFEST\.json", r"cycles/.*/verdict\.json", r"log/0/7\.json"],
     ids=["analysis", "apply", "validation", "commit"],
 )
-def test_a_rollback_in_the_middle_ends_the_cycle_and_nothing_is_committed(masked: LocalStore, moment: str) -> None:
+@pytest.mark.parametrize("to", [4, 5], ids=["to-the-pair-before", "to-the-base-itself"])
+def test_a_rollback_in_the_middle_ends_the_cycle_and_nothing_is_committed(
+    masked: LocalStore, moment: str, to: int
+) -> None:
     ask = asked(masked)
     assert ask.base == 5
 
     def roll_back() -> None:
-        Log(masked).append(drafts.rolled_back(4), base=5)
+        Log(masked).append(drafts.rolled_back(to), base=5)
 
     end = drive(Disturbed(masked, moment, roll_back), ask).end
     assert end is not None
     assert (end.kind, end.reason) == (Kind.OUTCOME, Reason.ROLLED_BACK_MEANWHILE)
-    assert Log(masked).tail().state.tip == 4
+    assert Log(masked).tail().state.tip == to
     assert len(records(masked, Kind.PRUNE)) == 1  # the one before
 
 
 def test_a_late_prune_of_a_cycle_that_somebody_ended_is_refused(store: LocalStore) -> None:
     ask = asked(store)
-    late: list[Snapshot] = []
 
     def abandon() -> None:
         """Somebody else ends the cycle at the very moment when it would commit."""
@@ -177,7 +179,6 @@ def test_a_late_prune_of_a_cycle_that_somebody_ended_is_refused(store: LocalStor
         other.append(ending.abandoned(other.tail().state, finding), base=ask.base)
 
     snapshot = drive(Disturbed(store, r"log/0/4\.json", abandon), ask)
-    late.append(snapshot)
     assert snapshot.end is not None and isinstance(snapshot.end.body, Outcome)
     assert snapshot.end.reason == Reason.ABANDONED
     assert Log(store).tail().state.tip == ask.base
