@@ -23,6 +23,7 @@ spec:
     enableCheckpointPruning: true
     minImportanceSamples: 200
     structuredPruning:
+      enabled: {structured}
       progressiveSchedule:
         {{phase1Epochs: 1, phase2StartEpoch: 2,
          conservativeThreshold: "0.05", moderateThreshold: "0.05", aggressiveThreshold: "0.05"}}
@@ -53,7 +54,7 @@ class Command:
     def end(self) -> dict[str, Any]:
         """Its JSON, with its exit code as "exit" and what it said on stderr as "said"."""
         out, said = self.process.communicate(timeout=2 * SECONDS)
-        return {**(json.loads(out) if out else {}), "exit": self.process.returncode, "said": said}
+        return {"outcome": None, **(json.loads(out) if out else {}), "exit": self.process.returncode, "said": said}
 
     def kill(self) -> None:
         """SIGKILL, as the kernel does it when memory runs out; waits until its workers are gone too."""
@@ -80,10 +81,10 @@ class Command:
         return wait(lambda: next((pid for pid, words in self.workers().items() if f"-m {module} " in words), None))
 
 
-def emrakul_run(folder: Path, uri: str, *arguments: str, more: str = "") -> Command:
+def emrakul_run(folder: Path, uri: str, *arguments: str, more: str = "", structured: bool = True) -> Command:
     """Start the command; `more` are further lines of settings in the policy, indented by four."""
     manifest = folder / f"cycle-{abs(hash(more))}.yaml"
-    manifest.write_text(MANIFEST.format(run=uri, more=more))
+    manifest.write_text(MANIFEST.format(run=uri, more=more, structured=str(structured).lower()))
     command = (sys.executable, "-m", "emrakul", "run", str(manifest), "--output", "json", *arguments)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return Command(process)

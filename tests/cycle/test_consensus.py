@@ -128,5 +128,6 @@ def test_processes_reach_consensus_over_a_liar(store: LocalStore, tmp_path: Path
     command = emrakul_run(tmp_path, str(run), "--workers", "3", more="    consensus: {replicas: 3}\n")
     (requests,) = appears(run, "cycles/*/requests-0.json")
     lie(store, requests.parent.name, worker=1)
-    assert command.end()["outcome"] == "Committed"
+    ended = command.end()
+    assert (ended["exit"], ended["outcome"]) == (0, "Committed"), ended["said"]
     assert made(store) == golden

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from commands import Command, appears, emrakul_run
+from emrakul.settings import Settings
 from leyline.local import LocalStore
 from leyline.log import Log
 from leyline.records import Kind
-from runs import asked, contents, drive, published_run
+from runs import SETTINGS, asked, contents, drive, published_run
 
 MOMENTS = (
     "log/0/3.json",  # admitted
@@ -61,13 +62,24 @@ def test_any_number_of_workers_gives_the_same_bytes(run: Path, golden: Mapping[s
     assert_same(run, golden)
 
 
+def test_single_weights_are_the_same_too(run: Path, tmp_path: Path) -> None:
+    """In basic pruning the masks lie in answers: whose, must not matter."""
+    chosen = Settings.from_yaml(SETTINGS.replace("structured_pruning:", "structured_pruning:\n  enabled: false"))
+    alone = published_run(LocalStore(tmp_path / "alone"))
+    drive(alone, asked(alone, chosen), workers=1)
+    ended = emrakul_run(run.parent, str(run), "--workers", "3", structured=False).end()
+    assert (ended["exit"], ended["outcome"]) == (0, "Committed"), ended["said"]
+    assert_same(run, contents(alone))
+
+
 def test_the_command_killed_at_six_moments_ends_like_one_that_never_was(run: Path, golden: Mapping[str, bytes]) -> None:
     for moment in MOMENTS:
         command = emrakul_run(run.parent, str(run), "--workers", "2")
         appears(run, moment)
         assert command.process.poll() is None, f"it had ended before {moment}"
         command.kill()
-    assert emrakul_run(run.parent, str(run)).end()["outcome"] == "Committed"
+    ended = emrakul_run(run.parent, str(run)).end()
+    assert (ended["exit"], ended["outcome"]) == (0, "Committed"), ended["said"]
     assert_same(run, golden)
 
 
