@@ -31,6 +31,7 @@ from leyline.topology import Topology
 
 MANIFEST = Path(__file__).with_name("minilm.yaml")
 RATES = ("0.01", "0.03")
+KINDS = ("channel", "head")
 
 
 def main() -> None:
@@ -73,6 +74,8 @@ def measure(folder: Path, topology: Topology) -> None:
         show(f"{float(rate):.0%} by contribution", chosen, peaks)
         counts = {budget["kind"]: budget["achieved"] for budget in chosen["budgets"]}
         show(f"{float(rate):.0%} at random", *cycle(folder, text, forced=at_random(topology, counts)))
+    for kind in KINDS:
+        show(f"3% of {kind}s alone", *cycle(folder, manifest(folder, rate=RATES[-1], commit=False, kind=kind)))
 
 
 def at_random(topology: Topology, counts: dict[str, int]) -> Decision:
@@ -91,10 +94,12 @@ def at_random(topology: Topology, counts: dict[str, int]) -> Decision:
     )  # fmt: skip
 
 
-def manifest(folder: Path, *, rate: str = RATES[0], commit: bool = True) -> str:
-    """The example's manifest with this run, rate and feature flag."""
+def manifest(folder: Path, *, rate: str = RATES[0], commit: bool = True, kind: str | None = None) -> str:
+    """The example's manifest with this run, rate and feature flag, and perhaps one kind of units alone."""
     text = MANIFEST.read_text().replace("./minilm-run", str(folder))
     text = text.replace("phase2StartEpoch: 1", f'phase2StartEpoch: 1, conservativeThreshold: "{rate}"')
+    if kind is not None:
+        text = text.replace("structuredPruning:", f"structuredPruning:\n      kinds: [{kind}]")
     return text if commit else text.replace("enableCheckpointPruning: true", "enableCheckpointPruning: false")
 
 

@@ -31,8 +31,6 @@ from minilm_retrieval import POOL, evaluation_of
 MB = 1_000_000
 MODEL_BYTES = 91 * MB
 CHANCE = 1 / POOL
-ALL = "kinds: [channel, head, layer]"
-HEADS = "kinds: [head]"
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +60,21 @@ def test_cycles_of_heads_and_channels(minilm: Minilm) -> None:
     check_statistics(run, first.record.id)
 
     # 0.72 of a head: nothing, and it is kept
-    below = run.cycle(HEADS)
+    below = run.cycle("head")
     assert (below["outcome"], below["reason"]) == ("NothingToPrune", "BelowOneUnit")
     assert run.carry == {"host/head": Fraction(18, 25)}
 
     # a layer keeps two heads whoever decides; and two are too few for the gate
     heads = [group.id for group in minilm.topology.groups if group.kind is Kind.HEAD]
-    one_left = run.cycle(ALL, forced=removing({heads[0]: range(11)}))
+    one_left = run.cycle(forced=removing({heads[0]: range(11)}))
     assert (one_left["outcome"], one_left["reason"]) == ("RolledBack", "ConstraintBroken")
     assert "min_attention_heads is 2" in one_left["message"]
-    two_left = run.cycle(ALL, forced=removing({id_: range(10) for id_ in heads}))
+    two_left = run.cycle(forced=removing({id_: range(10) for id_ in heads}))
     assert (two_left["outcome"], two_left["reason"]) == ("RolledBack", "AccuracyDrop")
     assert run.tip == first.record.n and run.carry == {"host/head": Fraction(18, 25)}
 
     # 0.72 + 0.72: one head, and with it one channel in a hundred
-    done = run.cycle(ALL)
+    done = run.cycle()
     assert done["outcome"] == "Committed", done["message"]
     budgets = {budget["kind"]: budget for budget in done["budgets"]}
     assert [budgets[kind]["achieved"] for kind in ("channel", "head", "layer")] == [92, 1, 0]
@@ -91,7 +89,7 @@ def test_cycles_of_heads_and_channels(minilm: Minilm) -> None:
     second = minilm.take_masks(1)
     assert read_ready(run.store, second.record.id, trust=None).baked is not None
     check_zero(minilm)
-    again = run.cycle(HEADS)
+    again = run.cycle("head")
     assert again["outcome"] == "Committed", again["message"]
     assert (again["budgets"][0]["live"], again["budgets"][0]["achieved"]) == (71, 1)
     assert run.carry["host/head"] == Fraction(3, 20)
@@ -105,9 +103,9 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, LocalStore(folder)
 
-    def cycle(self, kinds: str, *, forced: Decision | None = None) -> dict[str, Any]:
-        text = manifest(self.folder).replace("structuredPruning:", f"structuredPruning:\n      {kinds}")
-        text = text.replace("validationTimeout: 300", "validationTimeout: 900")  # the other tests take their share
+    def cycle(self, kind: str | None = None, *, forced: Decision | None = None) -> dict[str, Any]:
+        # the other tests take their share of the cores
+        text = manifest(self.folder, kind=kind).replace("validationTimeout: 300", "validationTimeout: 900")
         found, peaks = cycle(self.folder, text, forced=forced)
         return {**found, "peaks": peaks}
 
