@@ -25,6 +25,7 @@ from leyline.messages import (
 )
 from leyline.records import Admit, Draft, Genesis, Open, Outcome, Prune, Publish
 from leyline.store import ObjectStore
+from leyline.verdict import seal_verdict
 
 WEIGHTS = "model.safetensors"
 
@@ -104,14 +105,15 @@ class History:
             masks=ref,
             objects=(StoredObject(path=WEIGHTS, digest=digest_bytes(weights)),),
         )
-        verdict = Verdict(
+        found = Verdict(
             cycle=cycle,
             base=base.record,
             checkpoint=base.checkpoint,
             candidate=candidate.sha256(),
             masks=ref.digest,
             outcome="PASS",
-        ).canonical()
+        )
+        verdict = seal_verdict(found, ())
         decision = Decision(
             cycle=cycle,
             base=base.record,

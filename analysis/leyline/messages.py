@@ -442,7 +442,11 @@ class GateResult(Value):
 
 
 class Verdict(Value):
-    """verdict.json: urabrask's answer for one pair on one base, nobody else's."""
+    """verdict.json: urabrask's answer for one pair on one base, nobody else's.
+
+    Sealed in a DSSE envelope: where trust is configured only one signed by a validator (or, on one machine, by the
+    operator whose process it is) lets masks into the log.
+    """
 
     schema_version: Literal[1] = 1
     cycle: str

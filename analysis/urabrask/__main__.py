@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from leyline import exits, layout
-from leyline.envelope import Trust, Untrusted, trust_from_environment
+from leyline.envelope import SigningKey, Trust, Untrusted, signing_keys_from_environment, trust_from_environment
 from leyline.messages import Verdict
 from leyline.model import Malformed, canonical_json
 from leyline.open import open_store
 from leyline.reasons import Reason
 from leyline.store import Exists, NotFound, ObjectStore, Refused, StoreError, Unreachable, Unsuitable
+from leyline.verdict import open_verdict, seal_verdict
 from urabrask.recovery import Loadable, recheck
 from urabrask.validate import Report, Subject, read_subject, validate
 
@@ -55,18 +56,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return found
 
 
-def judge(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None) -> Verdict:
-    """The verdict on this candidate, made once: one that stands is kept."""
+def judge(
+    store: ObjectStore, *, cycle: str, base: int, trust: Trust | None, keys: Sequence[SigningKey] = ()
+) -> Verdict:
+    """The verdict on this candidate, made once: one that stands is kept. Whether it counts the control plane says."""
     key = layout.verdict(cycle, base)
     with suppress(NotFound):
-        return Verdict.parse(store.get(key), name=key)
+        return open_verdict(store.get(key), None, name=key)
     since = time.monotonic()
     verdict, report = validate(store, read_subject(store, cycle=cycle, base=base, trust=trust), trust, _measure)
     report.timed("all", since)
     try:
-        store.put_if_absent(key, verdict.canonical())
+        store.put_if_absent(key, seal_verdict(verdict, keys))
     except Exists:  # a second launch was faster; other threads may round an answer otherwise
-        verdict = Verdict.parse(store.get(key), name=key)
+        verdict = open_verdict(store.get(key), None, name=key)
     print(json.dumps({"cycle": cycle, "base": base, "seconds": report.seconds}), file=sys.stderr)
     with suppress(StoreError):
         store.put_if_absent(layout.validation_telemetry(cycle, base), json.dumps(report.seconds).encode())
@@ -92,7 +95,8 @@ def _judge(wanted: argparse.Namespace) -> str:
     store, cycle, base = open_store(wanted.run), wanted.cycle, wanted.base
     store.put_if_absent(layout.started(cycle, "validate", wanted.launch), b"started")
     try:
-        verdict = judge(store, cycle=cycle, base=base, trust=trust_from_environment())
+        keys = signing_keys_from_environment()
+        verdict = judge(store, cycle=cycle, base=base, trust=trust_from_environment(), keys=keys)
     except _STORE_TROUBLE:
         raise
     except (Malformed, StoreError) as error:

@@ -30,6 +30,7 @@ from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
 from leyline.store import Damaged, Head, NotFound, ObjectStore
 from leyline.topology import Topology
+from leyline.verdict import open_verdict
 
 
 class Observer:
@@ -163,7 +164,7 @@ class Observer:
                 return Decision.parse(self._get(key), name=key)
             case ("verdict", int(base)):
                 key = layout.verdict(self.cycle, base)
-                return Verdict.parse(self._get(key), name=key)
+                return open_verdict(self._get(key), self._trust, name=key)
         raise AssertionError(what)
 
     def _checkpoint(self, name: str) -> tuple[CheckpointMetadata | None, int, Finding | None]:
@@ -250,18 +251,28 @@ class Observer:
         bases = sorted({int(key.removeprefix(prefix).partition("/")[0]) for key in heads if key.startswith(prefix)})
         found = []
         for base in bases:
-            verdict = layout.verdict(self.cycle, base)
             manifest = layout.manifest(self.cycle, base)
+            verdict, refused = self._verdict(base) if layout.verdict(self.cycle, base) in heads else (None, None)
             found.append(
                 OnBase(
                     base=base,
                     updated=layout.update(self.cycle, base) in heads,
                     candidate=self.digest(manifest) if manifest in heads else None,
                     asked=layout.validation_request(self.cycle, base) in heads,
-                    verdict=self._read(("verdict", base)) if verdict in heads else None,  # type: ignore[arg-type]
+                    verdict=verdict,
+                    refused=refused,
                 )
             )
         return tuple(on for on in found if on.updated)
+
+    def _verdict(self, base: int) -> tuple[Verdict | None, Finding | None]:
+        """The verdict that stands, or why it does not count."""
+        try:
+            return self._read(("verdict", base)), None  # type: ignore[return-value]
+        except Untrusted as error:
+            return None, Finding(Reason.UNTRUSTED, str(error))
+        except (Malformed, Damaged) as error:
+            return None, Finding(Reason.INVALID_INPUT, str(error))
 
     def _quiet_since(self, state: RunState) -> datetime | None:
         """When another live cycle last wrote anything."""

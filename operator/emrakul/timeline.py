@@ -13,6 +13,7 @@ from leyline.log import Log
 from leyline.messages import Budget, Decision, Verdict
 from leyline.records import Admit, End, Kind, Record
 from leyline.store import NotFound, ObjectStore
+from leyline.verdict import open_verdict
 
 Content = TypeVar("Content", Decision, Verdict)
 
@@ -59,7 +60,7 @@ def report(store: ObjectStore, admit: Record, end: Record | None) -> CycleReport
     body = end.body if end else None
     assert body is None or isinstance(body, End)
     decision = _read(store, layout.decision(admit.id), Decision)
-    verdict = _read(store, layout.verdict(admit.id, body.base), Verdict) if body else None
+    verdict = _verdict(store, layout.verdict(admit.id, body.base)) if body else None
     before, after = accuracy(verdict) if verdict else (None, None)
     return CycleReport(
         cycle=admit.id,
@@ -110,5 +111,13 @@ def _at(store: ObjectStore, key: str) -> datetime | None:
 def _read(store: ObjectStore, key: str, model: type[Content]) -> Content | None:
     try:
         return model.parse(store.get(key), name=key)
+    except NotFound:
+        return None
+
+
+def _verdict(store: ObjectStore, key: str) -> Verdict | None:
+    """What it says; whether it counted, the end record says."""
+    try:
+        return open_verdict(store.get(key), None, name=key)
     except NotFound:
         return None

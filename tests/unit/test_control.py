@@ -23,15 +23,17 @@ from emrakul.settings import Settings
 from emrakul.watch import Watcher
 from histories import History, packet
 from leyline import layout
-from leyline.envelope import seal
+from leyline.digest import sha256_hex
+from leyline.envelope import Role, SigningKey, Trust, generate_key, seal
 from leyline.local import LocalStore
 from leyline.log import Entry, Log
-from leyline.messages import Budget, Decision, GroupDecision, Stage
+from leyline.messages import Budget, Candidate, Decision, GroupDecision, MaskRef, Stage, Verdict
 from leyline.policy import Breaker, Ladder
-from leyline.ready import PAYLOAD
+from leyline.ready import PAYLOAD, read_ready, seal_ready
 from leyline.reasons import Reason
 from leyline.records import Draft, End, Outcome, Retire, Rollback
 from leyline.topology import Kind
+from leyline.verdict import seal_verdict
 
 ON = Settings.from_yaml("{enable_checkpoint_pruning: true}")
 BASIC = Settings.from_yaml("{enable_checkpoint_pruning: true, structured_pruning: {enabled: false}}")
@@ -221,6 +223,73 @@ def test_a_pair_that_a_person_brought_back_is_on_probation_again(run: History) -
     unstable()
     watcher.step()
     assert run.log.tail().state.tip == good
+
+
+class TestTrust:
+    """Whoever can write into the bucket can write a decision, a candidate and a verdict; only a signature counts."""
+
+    @pytest.fixture
+    def keys(self, tmp_path: Path) -> dict[Role, SigningKey]:
+        return {role: generate_key(tmp_path / f"{role}.pem") for role in ("trainer", "operator", "validator", "worker")}
+
+    def committed(self, folder: Path, keys: dict[Role, SigningKey], by: tuple[SigningKey, ...]) -> History:
+        """A run after its cycle, whose candidate and verdict somebody put there."""
+        trust = Trust({role: (key.private.public_key(),) for role, key in keys.items()})
+        run = History(LocalStore(folder / "run"), keys=(keys["trainer"], keys["operator"]), trust=trust)
+        base = run.publish(100, epoch=40)
+        tip = run.log.tail().state.tip_pair
+        assert tip is not None
+        metadata = read_ready(run.store, tip.checkpoint, None)
+        _overwrite(run, layout.checkpoint(tip.checkpoint, layout.READY), seal_ready(metadata, (keys["trainer"],)))
+        ask = Ask(base=base, settings=BASIC, runtime="local")
+        driver = Controller(run.store, run.log, ask, lambda _uri: Idle(), trust=trust)
+        driver.step()
+        decision = Decision(
+            cycle=driver.cycle,
+            base=base,
+            checkpoint=tip.checkpoint,
+            stage=Stage.CONSERVATIVE,
+            method="structured",
+            policy_state="p",
+            settings="s",
+            groups=(GroupDecision(group=run.topology.groups[0].id, pruned=(0, 1, 2, 3, 4, 5)),),
+        )
+        masks = MaskRef(path=layout.masks(driver.cycle, base), digest=sha256_hex(b"masks"))
+        candidate = Candidate(
+            cycle=driver.cycle,
+            base=base,
+            checkpoint=tip.checkpoint,
+            decision=decision.sha256(),
+            masks=masks,
+            objects=(),
+        )
+        verdict = Verdict(
+            cycle=driver.cycle,
+            base=base,
+            checkpoint=tip.checkpoint,
+            candidate=candidate.sha256(),
+            masks=masks.digest,
+            outcome="PASS",
+        )
+        run.store.put_if_absent(layout.decision(driver.cycle), decision.canonical())
+        run.store.put_if_absent(layout.manifest(driver.cycle, base), candidate.canonical())
+        run.store.put_if_absent(layout.verdict(driver.cycle, base), seal_verdict(verdict, by))
+        for _ in range(3):
+            driver.step()
+        return run
+
+    def test_a_verdict_that_nobody_signed_commits_nothing(self, tmp_path: Path, keys: dict[Role, SigningKey]) -> None:
+        run = self.committed(tmp_path, keys, by=())
+        reason, body = end(run)
+        assert (reason, body.outcome) == (Reason.UNTRUSTED, "Failed")
+        assert run.log.tail().state.tip == body.base
+
+    def test_nor_does_one_that_a_worker_signed(self, tmp_path: Path, keys: dict[Role, SigningKey]) -> None:
+        assert end(self.committed(tmp_path, keys, by=(keys["worker"],)))[0] == Reason.UNTRUSTED
+
+    @pytest.mark.parametrize("role", ["validator", "operator"])
+    def test_the_validators_does(self, tmp_path: Path, keys: dict[Role, SigningKey], role: Role) -> None:
+        assert end(self.committed(tmp_path, keys, by=(keys[role],)))[0] == Reason.PRUNED
 
 
 def _overwrite(run: History, key: str, data: bytes) -> None:

@@ -25,6 +25,7 @@ from leyline.messages import Verdict
 from leyline.open import open_store
 from leyline.store import ObjectStore
 from leyline.topology import Group, Kind, Member, Parameter, Topology
+from leyline.verdict import open_verdict
 from urabrask.__main__ import main
 
 torch.set_num_threads(1)
@@ -111,7 +112,7 @@ def run(
 
 def verdict(store: ObjectStore) -> Verdict:
     key = layout.verdict(CYCLE, BASE)
-    return Verdict.parse(store.get(key), name=key)
+    return open_verdict(store.get(key), None, name=key)
 
 
 def by_hand(unit: int) -> dict[str, Stored]:

@@ -272,6 +272,8 @@ def _apply(s: Snapshot, now: datetime) -> Plan | None:
 
 def _validate(s: Snapshot, now: datetime) -> Plan | None:
     here = _here(s)
+    if here.refused is not None:
+        return _end(here.refused)
     if here.verdict is not None:
         return None
     if not s.ask.settings.enable_safety_validation:
@@ -355,10 +357,12 @@ def _ended_badly(phase: Phase, job: Job, message: str) -> Finding:
         return Finding(Reason.OUT_OF_MEMORY, f"{phase.value}: {job.out_of_memory} ({message})")
     if exits.BAD_INPUT in job.exits:
         return Finding(Reason.INVALID_INPUT, job.message or f"{phase.value} found bad input ({message})")
+    if exits.KEY in job.exits:
+        return Finding(Reason.WRONG_KEY, job.message or f"{phase.value} lacks the data key ({message})")
     if exits.STORE in job.exits:
         return Finding(Reason.STORE_UNREACHABLE, f"{phase.value} could not use the store{said}")
-    codes = ", ".join(map(str, job.exits)) or "none"
-    return Finding(Reason.WORKERS_FAILED, f"{phase.value} ended with exit codes {codes} ({message}){said}")
+    ends = ", ".join(dict.fromkeys(f"killed by signal {-code}" if code < 0 else f"exit code {code}" for code in job.exits))
+    return Finding(Reason.WORKERS_FAILED, f"{phase.value}: workers ended with {ends or 'success'} ({message}){said}")
 
 
 def _gave_up(s: Snapshot, newest: Round) -> Finding:

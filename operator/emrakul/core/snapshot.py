@@ -94,6 +94,8 @@ class OnBase:
     asked: bool = False
     """The validation request is written."""
     verdict: Verdict | None = None
+    refused: Finding | None = None
+    """Why the verdict that stands does not count: it is damaged, or not signed where trust is configured."""
     verdict_digest: str = ""
 
 
