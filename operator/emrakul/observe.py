@@ -248,7 +248,8 @@ class Observer:
     def _bases(self, heads: dict[str, Head]) -> tuple[OnBase, ...]:
         """In the order in which the cycle came to them: records grow."""
         prefix = f"cycles/{self.cycle}/on-"
-        bases = sorted({int(key.removeprefix(prefix).partition("/")[0]) for key in heads if key.startswith(prefix)})
+        named = {key.removeprefix(prefix).partition("/")[0] for key in heads if key.startswith(prefix)}
+        bases = sorted(int(name) for name in named if name.isdecimal())
         found = []
         for base in bases:
             manifest = layout.manifest(self.cycle, base)
@@ -294,11 +295,14 @@ class Observer:
         return tuple(self.store.head(layout.record(n)).modified for n in (base, *moved)) if moved else ()
 
     def _report(self, state: RunState) -> SystemStatePacket | None:
-        """The newest report of the run's term: their names order by step."""
+        """The newest report of the run's term: their names order by step. One that is no report says nothing."""
         newest = None
         for head in self.store.list(layout.reports(state.term)):
             newest = head.key
-        return SystemStatePacket.parse(self.store.get(newest), name=newest) if newest else None
+        try:
+            return SystemStatePacket.parse(self.store.get(newest), name=newest) if newest else None
+        except Malformed:
+            return None
 
 
 def _check_size(store: ObjectStore, checkpoint: str, path: str, size: int) -> None:

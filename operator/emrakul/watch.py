@@ -17,6 +17,7 @@ from leyline.envelope import Trust
 from leyline.fold import PairState, RunState
 from leyline.log import Log
 from leyline.messages import SystemStatePacket
+from leyline.model import Malformed
 from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
 from leyline.store import NotFound, ObjectStore
@@ -176,11 +177,14 @@ class Watcher:
         return self._drive(ask_for(found.base, self._policy, store=self._store, runtime=self._runtime), None)
 
     def _report(self, state: RunState) -> SystemStatePacket | None:
-        """The newest report of the run's term: their names order by step."""
+        """The newest report of the run's term: their names order by step. One that is no report says nothing."""
         newest = None
         for head in self._store.list(layout.reports(state.term)):
             newest = head.key
-        return SystemStatePacket.parse(self._store.get(newest), name=newest) if newest else None
+        try:
+            return SystemStatePacket.parse(self._store.get(newest), name=newest) if newest else None
+        except Malformed:
+            return None
 
 
 def _admitted(record: Record, runtime: str) -> Ask:

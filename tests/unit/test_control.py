@@ -225,6 +225,14 @@ def test_a_pair_that_a_person_brought_back_is_on_probation_again(run: History) -
     assert run.log.tail().state.tip == good
 
 
+@pytest.mark.parametrize("key", ["reports/1-000000000999.json", "cycles/{cycle}/on-nowhere/stray"])
+def test_a_stray_object_stops_no_cycle(run: History, key: str) -> None:
+    driver = controller(run, run.publish(100, epoch=40), BASIC)
+    run.store.put_if_absent(key.format(cycle=driver.cycle), b"{}")
+    driver.step()
+    assert driver.step()[1].state == "Analyzing"
+
+
 class TestTrust:
     """Whoever can write into the bucket can write a decision, a candidate and a verdict; only a signature counts."""
 
