@@ -3,7 +3,9 @@
 Two fills, in eval mode, with the candidate's own tensors. A: producers and norms of the pruned units get random
 values, the consumers stay zero; a consumer that no mask covers lets them through. B: the consumers' columns get random
 values, producers and norms stay zero; a producer or norm that no mask covers feeds them. Values come from
-N(0, sigma of the tensor's live values): larger ones overflow, and Inf * 0 is NaN.
+N(0, sigma of the tensor's live values): larger ones overflow, and Inf * 0 is NaN. A is done twice, the second time with
+the sign of what comes last before the activation turned (the norm, or the producers where there is none): a ReLU lets
+through what is not negative, and the values of a single unit may be negative on every sample.
 
 A layer has no consumers. Fill A writes everything upstream inside its branch, which its closing weight must stop; what
 the branch then adds to the shortcut is looked at in the program itself (`joins`), because a constant moves no answer.
@@ -66,7 +68,10 @@ class Proof:
         return fill == "A" or (group.kind is not Kind.LAYER and group.zero_at_zero)
 
     def _felt(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]], unfilled: Tensor) -> bool:
-        with self._filled(fill, pruned):
+        return any(self._differs(fill, pruned, unfilled, sign) for sign in ((1, -1) if fill == "A" else (1,)))
+
+    def _differs(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]], unfilled: Tensor, sign: int) -> bool:
+        with self._filled(fill, pruned, sign):
             filled = self.forward(self.tensors, self.inputs)
         difference = (filled.double() - unfilled.double()).abs().max()
         # Not "> tolerance": NaN is no difference by any comparison, and must fail.
@@ -95,8 +100,9 @@ class Proof:
         return f"fill {fill}: {named} of group {id_} is felt: {_MISSED[fill]}"
 
     @contextmanager
-    def _filled(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]]) -> Iterator[None]:
+    def _filled(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]], sign: int) -> Iterator[None]:
         places: dict[str, Tensor] = {}
+        last: set[str] = set()
         for id_, bits in pruned.items():
             group = self.masks.groups[id_]
             if group.kind is Kind.LAYER:
@@ -104,6 +110,8 @@ class Proof:
                     if name in self.tensors:
                         places[name] = torch.ones_like(self.tensors[name], dtype=torch.bool)
                 continue
+            normed = any(member.role == "norm" for member in group.members)
+            last |= {member.parameter for member in group.members if (member.role == "norm") == normed}
             for member in group.members:
                 if member.role in _ROLES[fill] and member.parameter in self.tensors:
                     shape = self.masks.parameters[member.parameter].shape
@@ -114,7 +122,7 @@ class Proof:
         before = {name: self.tensors[name][place].clone() for name, place in places.items()}
         try:
             for name, place in places.items():
-                self.tensors[name][place] = self._noise(fill, name, place)
+                self.tensors[name][place] = self._noise(fill, name, place) * (sign if name in last else 1)
             yield
         finally:
             for name, place in places.items():
