@@ -47,7 +47,7 @@ class MaskEnforcer:
             _by_name(copy.named_parameters(remove_duplicate=False)) if isinstance(copy, nn.Module) else dict(copy)
             for copy in ema
         ]
-        self._master = dict(fp32_master or {})
+        self._master = self._by_every_name(fp32_master or {})
         self._model_id = model_id
         self._gradient_hooks: list[RemovableHandle] = []
         self._dead: dict[str, Tensor] = {}
@@ -105,6 +105,18 @@ class MaskEnforcer:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def _by_every_name(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks name a tied parameter once, and its master may be given under another of its names."""
+        found: dict[str, Tensor] = {}
+        for name, master in masters.items():
+            parameter = self._parameters.get(canonical_name(name))
+            if parameter is None:
+                raise MasksDoNotFit(
+                    f"an fp32 master is given for {name}, which this model does not have; name masters as parameters"
+                )
+            found |= {other: master for other, known in self._parameters.items() if known is parameter}
+        return found
 
     def _checked(self, masks: Masks) -> dict[str, Any]:
         """What is pruned, by parameter, after every name, shape and UUID was compared with the model's."""

@@ -312,3 +312,16 @@ def test_the_same_elements_are_zero_in_any_dtype(dtype: torch.dtype) -> None:
         dead = masks.dead(name)
         expected = dead.full() if dead else np.zeros(tuple(p.shape), dtype=np.bool_)
         assert np.array_equal((p == 0).numpy(), expected)
+
+
+def test_the_master_of_a_tied_parameter_is_masked_under_any_of_its_names() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model["b"].weight = model["a"].weight
+    known = Parameter(uuid=parameter_uuid("a.weight", (4, 4), "m"), shape=(4, 4), aliases=("b.weight",))
+    active = np.arange(16) > 2
+    masks = Masks("m", parameters={"a.weight": known}, weights={"a.weight": active})
+    master = torch.ones(4, 4)
+    MaskEnforcer(model, masks, fp32_master={"b.weight": master})
+    assert torch.equal(master.flatten() == 1, torch.from_numpy(active))
+    with pytest.raises(MasksDoNotFit, match=r"master is given for c\.weight"):
+        MaskEnforcer(model, masks, fp32_master={"c.weight": master})
