@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from elesh.worker import run
 from leyline import exits
-from leyline.crypt import KeyRing
+from leyline.crypt import KeyRing, WrongKey
 from leyline.envelope import trust_from_environment
 from leyline.model import Malformed
 from leyline.open import open_store
@@ -20,7 +20,8 @@ exit codes:
   {exits.BAD_INPUT:<3} the checkpoint or the requests break a rule; the answer says which
   {exits.GAVE_UP:<3} a request has as many dead attempts as are allowed
   {exits.OUT_OF_MEMORY:<3} memory ran out; the next attempt uses half the buffer
-  {exits.STORE:<3} the store refused or did not answer, or a key is missing
+  {exits.KEY:<3} the statistics are encrypted under a key that is not in EMRAKUL_DATA_KEY
+  {exits.STORE:<3} the store refused or did not answer
 """
 
 
@@ -58,10 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Malformed, ValueError) as error:
         _log(str(error))
         return exits.BAD_INPUT
+    except WrongKey as error:
+        _log(str(error))
+        return exits.KEY
     except StoreError as error:
         _log(str(error))
         return exits.STORE
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not exits.is_out_of_memory(error):
+            raise
         _log("memory ran out; raise analysis_memory_limit if the next attempt, with half the buffer, fails too")
         return exits.OUT_OF_MEMORY
 

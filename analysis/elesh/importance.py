@@ -59,7 +59,7 @@ class Importance:
         if metadata.importance is None:
             raise ImportanceTrouble(
                 Reason.NO_IMPORTANCE,
-                f"checkpoint {metadata.name} has no statistics; publish it with an ImportanceTracker",
+                f"checkpoint {metadata.name} has no statistics",
             )
         name = layout.checkpoint(metadata.name, metadata.importance)
         stored = metadata.object(metadata.importance)
@@ -77,7 +77,7 @@ class Importance:
             raise ImportanceTrouble(
                 Reason.IMPORTANCE_FOREIGN,
                 f"{name} holds statistics of checkpoint {stats.checkpoint} of run {stats.run_id}, which do not belong "
-                f"to {metadata.name} of run {metadata.run_id}; publish with the tracker of this run",
+                f"to {metadata.name} of run {metadata.run_id}",
             )
         if unknown := set(stats.groups) - {group.id for group in topology.groups}:
             raise ImportanceTrouble(
@@ -185,7 +185,7 @@ def require_fisher(values: NDArray[np.float32] | NDArray[np.float64], name: str)
     """ImportanceTrouble unless every value is a mean of squares: finite and not negative."""
     if values.size and not (values.min() >= 0 and values.max() < np.inf):
         raise ImportanceTrouble(
-            Reason.IMPORTANCE_CORRUPT, f"weight/{name} holds values that are negative, NaN or infinite; publish again"
+            Reason.IMPORTANCE_CORRUPT, f"weight/{name} holds values that are negative, NaN or infinite"
         )
 
 
@@ -217,4 +217,8 @@ def _told(name: str, read: Callable[[], T]) -> T:
     try:
         return read()
     except (Malformed, Damaged, Changed, NotFound) as error:
-        raise ImportanceTrouble(Reason.IMPORTANCE_CORRUPT, f"{error}; {name} cannot be used, publish again") from error
+        raise ImportanceTrouble(Reason.IMPORTANCE_CORRUPT, _about(name, str(error))) from error
+
+
+def _about(name: str, said: str) -> str:
+    return said if name in said else f"{name}: {said}"

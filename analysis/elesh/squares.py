@@ -113,7 +113,7 @@ def require_finite(values: Floats, sums: Sums, *, parameter: str, start: int) ->
 
 def not_finite(parameter: str, element: int, value: float) -> str:
     """The sentence about a weight that no score can be made of."""
-    return f"{parameter} holds {value} at element {element}; weights must be finite, so publish a healthy checkpoint"
+    return f"{parameter} holds {value} at element {element}; weights must be finite"
 
 
 def _squares(values: Floats, factors: Floats | None, out: Vector | None = None) -> Vector:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,11 +90,16 @@ class Analysis:
             return basic.answer(request, weights, self.scoring, fisher, inherited)
         fisher = self._fisher() if "fisher" in request.importance else None
         arrays = structured.slice_sums(weights, self.parts, request.slices, self.scoring, fisher)
-        if request.groups and structured.needs_statistics(request.importance):
+        if request.groups and self._gates_wanted(request.importance):
             arrays |= structured.gate_scores(
                 weights.topology, request.groups, request.importance, self.importance, inherited
             )
         return arrays
+
+    def _gates_wanted(self, scorers: Sequence[str]) -> bool:
+        """Where magnitude decides, the others only stand beside it: statistics that nobody published are no loss."""
+        beside = scorers[0] == "magnitude" and self.weights.metadata.importance is None
+        return structured.needs_statistics(scorers) and not beside
 
     def _fisher(self) -> Importance | None:
         """The statistics where they know every weight; magnitude needs none, so none are missed here."""
@@ -116,7 +121,7 @@ class Analysis:
         except Untrusted as error:
             status, reason, message = "invalid", Reason.UNTRUSTED.value, str(error)
         except INVALID as error:
-            status, reason, message = "invalid", Reason.INVALID_INPUT.value, str(error)
+            status, reason, message = "invalid", Reason.INVALID_INPUT.value, _about(request.checkpoint, str(error))
         except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError) as error:
             status, reason = "failed", Reason.WORKERS_FAILED.value
             message = f"request {request.id} could not be scored: {type(error).__name__}: {error}"
@@ -187,6 +192,10 @@ def run(
         log(f"gave up: request {found.given_up[0]} has {requests.limits.attempts} dead attempts and no answer")
         return exits.GAVE_UP
     return exits.BAD_INPUT if invalid else exits.DONE
+
+
+def _about(checkpoint: str, said: str) -> str:
+    return said if checkpoint in said else f"checkpoint {checkpoint}: {said}"
 
 
 def peak_rss() -> int:

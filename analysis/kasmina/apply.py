@@ -254,7 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Malformed, StoreError) as error:
         print(error, file=sys.stderr)
         return exits.BAD_INPUT
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not exits.is_out_of_memory(error):
+            raise
         print("out of memory; the next attempt reads less ahead, or raise analysis_memory_limit", file=sys.stderr)
         return exits.OUT_OF_MEMORY
     if given_up:

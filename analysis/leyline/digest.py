@@ -87,7 +87,7 @@ def verified_range(
         if sha256_hex(chunk) != digest.chunks[number]:
             raise Damaged(
                 f"{key} in {store.uri}: chunk {number} of {len(digest.chunks)} is not what its SHA-256 says; "
-                "the object was damaged or exchanged, so load an older checkpoint or restore this one"
+                "the object was damaged or exchanged; restore it"
             )
         if start <= begin and begin + len(chunk) <= stop:
             pieces.append(memoryview(chunk))

@@ -7,7 +7,15 @@ BAD_INPUT = 42
 """The checkpoint, the decision or a request breaks a rule; trying again gives the same answer."""
 GAVE_UP = 43
 """One task has as many dead attempts as are allowed."""
+KEY = 45
+"""The statistics are encrypted under a data key that this worker does not have."""
 STORE = 75
 """The store refused or did not answer; trying again may help (sysexits' EX_TEMPFAIL)."""
 OUT_OF_MEMORY = 44
 """An allocation failed under the memory limit; the next attempt uses half the buffer."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python tells by a RuntimeError that a thread gets no stack, and torch that a tensor gets no memory."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "can't start new thread" in said or "can't allocate memory" in said

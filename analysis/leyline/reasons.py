@@ -48,6 +48,7 @@ class Reason(StrEnum):
     IMPORTANCE_CORRUPT = "ImportanceCorrupt"
     IMPORTANCE_FOREIGN = "ImportanceForeign"
     IMPORTANCE_STALE = "ImportanceStale"
+    WRONG_KEY = "WrongDataKey"
     BREAKER_OPEN = "BreakerOpen"
     PROVISIONAL = "ProvisionalBase"
     SUPERSEDED = "Superseded"
@@ -100,6 +101,7 @@ OUTCOME_OF: dict[Reason, Outcome] = {
             Reason.IMPORTANCE_CORRUPT,
             Reason.IMPORTANCE_FOREIGN,
             Reason.IMPORTANCE_STALE,
+            Reason.WRONG_KEY,
             Reason.BREAKER_OPEN,
             Reason.PROVISIONAL,
             Reason.SUPERSEDED,
@@ -142,14 +144,15 @@ REMEDY: dict[Reason, str] = {
     Reason.APPLY_TIMEOUT: "Raise checkpoint_analysis_timeout or look at the store's speed.",
     Reason.VALIDATION_TIMEOUT: "Raise validation_timeout or shrink the evaluation set.",
     Reason.NOT_SCHEDULED: "Make room for the worker pods, or raise startup_timeout.",
-    Reason.OUT_OF_MEMORY: "Raise analysis_memory_limit.",
-    Reason.WORKERS_FAILED: "Read the workers' logs; the request named here died three times.",
+    Reason.OUT_OF_MEMORY: "Raise analysis_memory_limit; for the validator, validation_memory_limit.",
+    Reason.WORKERS_FAILED: "Workers died again and again: look at their last words, at memory and at the machine.",
     Reason.TOO_FEW_SAMPLES: "Train longer between checkpoints, publish(refresh=N), or lower min_importance_samples.",
     Reason.UNRELIABLE: "Use publish(refresh=1000): the two halves of the statistics disagree.",
     Reason.NO_IMPORTANCE: "Publish with an ImportanceTracker, or set structured_pruning.enabled: false.",
     Reason.IMPORTANCE_CORRUPT: "Publish a new checkpoint; the statistics of this one cannot be read.",
     Reason.IMPORTANCE_FOREIGN: "Publish with the tracker of this run; the statistics belong to other weights.",
     Reason.IMPORTANCE_STALE: "Sample more often, or publish(refresh=N): the statistics are too old.",
+    Reason.WRONG_KEY: "The checkpoint is fine: with the right key, emrakul run --again repeats the cycle.",
     Reason.BREAKER_OPEN: "Look at the last failures (emrakul history RUN); it tries again after three checkpoints.",
     Reason.PROVISIONAL: "Let the trainer sync() before it publishes; these weights lack masks that the run has.",
     Reason.SUPERSEDED: "Nothing to do: a newer state of the run replaced this cycle's base.",
@@ -166,7 +169,7 @@ REMEDY: dict[Reason, str] = {
     Reason.CONSTRAINT: "The decision breaks a hard constraint and was refused.",
     Reason.ASKED: "End the hold (emrakul resume RUN) once the cause is settled; trainers restart from the tip.",
     Reason.PROBATION: "Nothing to do: the trainer restarts from the pair before the masks that made it worse.",
-    Reason.INVALID_INPUT: "Publish a valid checkpoint; the message names the object and the rule.",
+    Reason.INVALID_INPUT: "Nothing of it was used; the next valid checkpoint starts a new cycle.",
     Reason.UNTRUSTED: "Sign with a trusted key, or add the publisher's key to the trust folder.",
     Reason.STORE_REVERTED: "Stop, and restore the log: it is shorter or other than what was seen before.",
 }

@@ -46,10 +46,20 @@ def header_length(first: bytes, size: int, *, name: str) -> int:
         raise Malformed(f"{name} is {size} bytes long; a safetensors file has at least 8. Publish it again")
     (length,) = struct.unpack("<Q", first[:8])
     if length > MAX_HEADER:
-        raise Malformed(f"{name}: the header says it is {length} bytes long; more than {MAX_HEADER} is refused")
+        raise Malformed(
+            f"{name} is no safetensors file{_kind(first)}: its first 8 bytes speak of a header of {length:,} "
+            f"bytes; more than {MAX_HEADER:,} is refused"
+        )
     if 8 + length > size:
         raise Malformed(f"{name}: the header ends at byte {8 + length}, the object at {size}; it is truncated")
     return int(8 + length)
+
+
+def _kind(first: bytes) -> str:
+    """What people rename."""
+    if first.startswith(b"PK"):
+        return " (it begins like a zip archive, as torch.save writes them)"
+    return " (it begins like a pickle)" if first[0] == 0x80 else ""
 
 
 def parse_header(header: bytes, size: int, *, name: str) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -127,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Malformed, StoreError) as error:
         print(error, file=sys.stderr)
         return exits.BAD_INPUT
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not exits.is_out_of_memory(error):
+            raise
         print("out of memory; raise validation_memory_limit", file=sys.stderr)
         return exits.OUT_OF_MEMORY
     print(said)

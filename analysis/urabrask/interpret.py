@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leyline import tensors
+from leyline import exits, tensors
 from leyline.model import Malformed
 from leyline.program import METADATA, Node, Program, references
 
@@ -57,6 +57,8 @@ class Interpreter:
                 try:
                     results[node.name] = self.operations[node.name](*args, **kwargs)
                 except (RuntimeError, TypeError, IndexError, ValueError) as error:
+                    if exits.is_out_of_memory(error):
+                        raise MemoryError from error  # says nothing about the program
                     first = str(error).strip().partition("\n")[0]
                     raise Malformed(f"{self.name}: operation {node.name} ({node.op}) failed: {first}") from error
                 for used in references((*node.args, *node.kwargs.values())):

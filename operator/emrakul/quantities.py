@@ -63,8 +63,8 @@ def parse_bytes(value: Any) -> int:
         unit = (match[3] or "").lower()
         base = 1024 if unit.endswith("i") else 1000
         size = int(Fraction(match[1] + (match[2] or "")) * base ** _POWER[unit.removesuffix("i")])
-    if not 64_000_000 <= size <= 2**50:
-        raise ValueError(f"is {value!r}; write a size of at least 64MB such as 2GB (2,000,000,000 bytes) or 2Gi")
+    if not 96_000_000 <= size <= 2**50:  # a worker that holds nothing yet needs 90 MB
+        raise ValueError(f"is {value!r}; write a size of at least 96MB such as 2GB (2,000,000,000 bytes) or 2Gi")
     return size
 
 

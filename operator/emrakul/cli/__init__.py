@@ -32,8 +32,6 @@ Exit codes:
   5   damaged or untrusted data, or no checkpoint that loads
   6   run: the cycle was skipped, the checkpoint stays as it was
   7   run: the candidate was refused, the checkpoint stays as it was
-  6   run: the cycle was skipped, the checkpoint stays as it was
-  7   run: the candidate was refused
   75  the store refused or did not answer; trying again may help
   130 interrupted; the same command goes on from there
 

@@ -48,7 +48,7 @@ def prune(s: Snapshot, candidate: Candidate) -> Draft:
         masks=candidate.masks,
         evidence=dict(s.evidence),
         reason=finding.reason.value,
-        message=finding.sentence,
+        message=finding.sentence + _instead(s),
         body=Prune(
             base=here.base,
             outcome=Outcome.COMMITTED.value,
@@ -71,7 +71,7 @@ def outcome(s: Snapshot, finding: Finding) -> Draft:
         checkpoint=s.pair.checkpoint if s.pair else None,
         evidence=dict(s.evidence),
         reason=finding.reason.value,
-        message=finding.sentence,
+        message=finding.sentence + _instead(s),
         body=OutcomeBody(
             base=s.base,
             outcome=finding.outcome.value,
@@ -158,3 +158,10 @@ def _what_was_pruned(decision: Decision) -> str:
     parts = [f"{b.achieved} of {b.live} {b.kind.value}s" + (f" in {b.domain}" if b.domain != "host" else "")
              for b in decision.budgets if b.achieved]  # fmt: skip
     return "pruned " + (", ".join(parts) or f"{sum(len(g.pruned) for g in decision.groups)} units")
+
+
+def _instead(s: Snapshot) -> str:
+    """Said beside the end where this cycle did not do what was asked for, but the next best."""
+    if s.decision is None or not s.decision.fallback:
+        return ""
+    return f" Single weights were scored, because structured analysis failed: {s.decision.fallback}."

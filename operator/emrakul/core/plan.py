@@ -361,8 +361,9 @@ def _ended_badly(phase: Phase, job: Job, message: str) -> Finding:
         return Finding(Reason.WRONG_KEY, job.message or f"{phase.value} lacks the data key ({message})")
     if exits.STORE in job.exits:
         return Finding(Reason.STORE_UNREACHABLE, f"{phase.value} could not use the store{said}")
-    ends = ", ".join(dict.fromkeys(f"killed by signal {-code}" if code < 0 else f"exit code {code}" for code in job.exits))
-    return Finding(Reason.WORKERS_FAILED, f"{phase.value}: workers ended with {ends or 'success'} ({message}){said}")
+    ends = [f"killed by signal {-code}" if code < 0 else f"exit code {code}" for code in job.exits] or ["no error"]
+    how = ", ".join(dict.fromkeys(ends))
+    return Finding(Reason.WORKERS_FAILED, f"{phase.value}: workers ended, {how} ({message}){said}")
 
 
 def _gave_up(s: Snapshot, newest: Round) -> Finding:

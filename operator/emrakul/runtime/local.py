@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 
 from emrakul.core.snapshot import Job, Phase
 from emrakul.runtime.commands import command
@@ -21,7 +23,7 @@ from leyline import exits
 RESTARTS = 2
 """Times that a worker which died (and did not say why) is started again, as a Job's backoffLimitPerIndex."""
 STOP_SECONDS = 5.0
-_FINAL = (exits.BAD_INPUT, exits.GAVE_UP)
+_FINAL = (exits.BAD_INPUT, exits.GAVE_UP, exits.KEY)
 _MESSAGE_BYTES = 2000
 
 
@@ -34,7 +36,7 @@ class _Worker:
     log: tempfile._TemporaryFileWrapper[bytes]
     restarts: int = 0
     peak: int = 0
-    """Bytes, the largest of its processes."""
+    """Bytes, the largest of its processes that was seen."""
 
     def said(self) -> str:
         """The last line that it wrote to standard error."""
@@ -114,8 +116,8 @@ class LocalRuntime:
             elif code != exits.DONE:
                 codes.append(code)
                 message = worker.said() or message
-                if code in (exits.OUT_OF_MEMORY, -signal.SIGKILL):
-                    memory = f"peak {worker.peak / 1e6:.0f} MB, limit {launch.limit / 1e6:.0f} MB"
+                if code == exits.OUT_OF_MEMORY:
+                    memory = _used(worker.peak, launch.limit)
         return Job(
             phase=launch.phase,
             launch=launch.launch,
@@ -123,7 +125,7 @@ class LocalRuntime:
             created=launch.created,
             running=running,
             exits=tuple(codes),
-            out_of_memory=memory if exits.OUT_OF_MEMORY in codes else "",
+            out_of_memory=memory,
             message=message,
         )
 
@@ -150,18 +152,27 @@ class LocalRuntime:
 
 
 def _reap(worker: _Worker) -> int | None:
-    """The exit code, or None while it runs; keeps the peak memory that the system counted for it."""
-    if worker.process.returncode is not None:
-        return worker.process.returncode
-    try:
-        pid, status, usage = os.wait4(worker.process.pid, os.WNOHANG)
-    except ChildProcessError:  # somebody else's poll() was first
-        return worker.process.poll()
-    if pid == 0:
-        return None
-    worker.peak = max(worker.peak, usage.ru_maxrss * 1024)
-    worker.process.returncode = os.waitstatus_to_exitcode(status)
-    return worker.process.returncode
+    """The exit code, or None while it runs; keeps its peak memory as long as it can be seen.
+
+    Not from wait4: ru_maxrss of a child begins at what its parent held when it was started.
+    """
+    if worker.process.returncode is None:
+        worker.peak = max(worker.peak, _peak_rss(worker.process.pid))
+    return worker.process.poll()
+
+
+def _peak_rss(pid: int) -> int:
+    """Bytes of memory that a running process held at most; 0 where there is no /proc, or nothing is left of it."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _used(peak: int, limit: int) -> str:
+    held = f"a worker's peak was {peak / 1e6:.0f} MB, " if peak else ""
+    return f"{held}the limit is {limit / 1e6:.0f} MB"
 
 
 def _die_with_parent() -> None:
