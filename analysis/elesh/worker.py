@@ -156,7 +156,8 @@ def run(
     log: Callable[[str], None],
 ) -> int:
     """Answer what is to be answered; the exit code (leyline.exits). Raises Malformed for bad requests, StoreError."""
-    store.put_if_absent(layout.started(cycle, "analyse", launch), b"")
+    mark = layout.started(cycle, "analyse", launch)
+    store.put_if_absent(mark, b"")
     name = layout.requests(cycle, round_)
     try:
         requests = Requests.parse(store.get(name), name=name)
@@ -185,6 +186,7 @@ def run(
             of=of,
             limits=requests.limits,
             compute=compute,
+            mark=mark,
         )
     finally:
         analysis.scoring.close()

@@ -132,8 +132,11 @@ def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], top
     return Packed(weights, {name: topology.parameters[name].size for name in weights})
 
 
-def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int) -> tuple[str, ...]:
-    """Do this worker's part of the candidate, and help the others. The tasks that were given up: none is success."""
+def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | None = None) -> tuple[str, ...]:
+    """Do this worker's part of the candidate, and help the others. The tasks that were given up: none is success.
+
+    `mark` is the launch's start mark: attempts from before it were interrupted, not killed by their task.
+    """
     update = plan.update
     if _exists(store, layout.manifest(update.cycle, update.base)):
         return ()
@@ -150,6 +153,7 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int) -> tuple[str,
         # Consensus is for scores: a copy is checked byte by byte by the validator.
         limits=update.limits.model_copy(update={"replicas": 1}),
         compute=partial(_copy, store, plan, tasks),
+        mark=mark,
     )
     if not outcome.given_up:
         copied = [_copied(store, update.cycle, task, stored.path) for task, stored in tasks.items()]
@@ -236,10 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = _arguments(argv)
     try:
         store = open_store(wanted.run)
-        store.put_if_absent(layout.started(wanted.cycle, "apply", wanted.launch), b"started")
+        mark = layout.started(wanted.cycle, "apply", wanted.launch)
+        store.put_if_absent(mark, b"started")
         try:
             plan = read_plan(store, cycle=wanted.cycle, base=wanted.base, trust=trust_from_environment())
-            given_up = apply(store, plan, worker=wanted.worker, of=wanted.of)
+            given_up = apply(store, plan, worker=wanted.worker, of=wanted.of, mark=mark)
         except (Refused, Unreachable, Unsuitable):
             raise
         except (Malformed, StoreError) as error:

@@ -48,6 +48,8 @@ class TaskState:
     answers: frozenset[Answer] = frozenset()
     live: frozenset[int] = frozenset()
     dead: frozenset[int] = frozenset()
+    earlier: frozenset[int] = frozenset()
+    """Open attempts of an earlier launch: once over they were interrupted, which is no sign of a task that kills."""
     attempts: int = 0
     """Attempts made; the number of the next one."""
 
@@ -78,9 +80,15 @@ Compute = Callable[[Task, int, float], bytes]
 
 
 def attempt_states(
-    heads: Iterable[Head], *, cycle: str, tasks: Sequence[Task], limits: WorkLimits, now: datetime
+    heads: Iterable[Head],
+    *,
+    cycle: str,
+    tasks: Sequence[Task],
+    limits: WorkLimits,
+    now: datetime,
+    since: datetime | None = None,
 ) -> dict[str, TaskState]:
-    """The state of every task. Pure.
+    """The state of every task. Pure. `since` is the newest launch's start mark; what began before it was interrupted.
 
     `heads` are the objects below attempts/ and responses/ of the cycle (others are passed over), `now` is the
     store's clock. An attempt that answered late is an answer, not a dead attempt.
@@ -108,21 +116,25 @@ def attempt_states(
         open_ = begun[task.id].keys() - {answer.attempt for answer in answers[task.id]}
         longest = timedelta(seconds=limits.attempt_seconds + task.extra_seconds)
         silent = timedelta(seconds=MISSED_BEATS * limits.beat_seconds)
-        dead = frozenset(n for n in open_ if now - begun[task.id][n] > longest or now - beaten[task.id, n] > silent)
+        over = {n for n in open_ if now - begun[task.id][n] > longest or now - beaten[task.id, n] > silent}
+        earlier = {n for n in open_ if since is not None and begun[task.id][n] < since}
         states[task.id] = TaskState(
             answers=frozenset(answers[task.id]),
-            live=frozenset(open_ - dead),
-            dead=dead,
+            live=frozenset(open_ - over),
+            dead=frozenset(over - earlier),
+            earlier=frozenset(earlier),
             attempts=max(begun[task.id], default=-1) + 1,
         )
     return states
 
 
-def read_states(store: ObjectStore, *, cycle: str, tasks: Sequence[Task], limits: WorkLimits) -> dict[str, TaskState]:
+def read_states(
+    store: ObjectStore, *, cycle: str, tasks: Sequence[Task], limits: WorkLimits, since: datetime | None = None
+) -> dict[str, TaskState]:
     """attempt_states of what the store holds now: two listings and the store's clock."""
     # Attempts before responses: one that is answered in between counts as answered, not as lost.
     heads = [*store.list(layout.attempts(cycle)), *store.list(layout.responses(cycle))]
-    return attempt_states(heads, cycle=cycle, tasks=tasks, limits=limits, now=store.now())
+    return attempt_states(heads, cycle=cycle, tasks=tasks, limits=limits, now=store.now(), since=since)
 
 
 def order(tasks: Sequence[Task], *, worker: int, of: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
@@ -141,10 +153,11 @@ def share(
     of: int,
     limits: WorkLimits,
     compute: Compute,
+    mark: str | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Share:
-    """Answer tasks until each is answered, by whomever, or one is given up.
+    """Answer tasks until each is answered, by whomever, or one is given up. `mark`: this launch's start mark.
 
     With replicas, a worker answers every task at most once, and leaves when there is none that it could answer.
     What `compute` raises ends the call; the attempt then counts as dead as soon as its beats are missed.
@@ -153,7 +166,8 @@ def share(
         raise ValueError(f"worker {worker} of {of}: workers are numbered from 0")
     if limits.replicas > of:
         raise ValueError(f"consensus needs answers of {limits.replicas} different workers, there are {of}; start more")
-    return _Worker(store, cycle, tuple(tasks), worker, of, limits, compute, clock, sleep).run()
+    since = store.head(mark).modified if mark else None
+    return _Worker(store, cycle, tuple(tasks), worker, of, limits, compute, clock, sleep, since).run()
 
 
 @dataclass
@@ -167,6 +181,7 @@ class _Worker:
     compute: Compute
     clock: Callable[[], float]
     sleep: Callable[[float], None]
+    since: datetime | None
     # Tells our attempt from one of an earlier process with the same worker number.
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     gone: dict[str, frozenset[int]] | None = None
@@ -203,12 +218,13 @@ class _Worker:
                 states = self._look()
 
     def _look(self) -> dict[str, TaskState]:
-        states = read_states(self.store, cycle=self.cycle, tasks=self.tasks, limits=self.limits)
+        states = read_states(self.store, cycle=self.cycle, tasks=self.tasks, limits=self.limits, since=self.since)
         if self.gone is None:
             self.gone = self._of_earlier_self(states)
         for id_, gone in self.gone.items():
             gone &= states[id_].live
-            states[id_] = replace(states[id_], live=states[id_].live - gone, dead=states[id_].dead | gone)
+            state = states[id_]
+            states[id_] = replace(state, live=state.live - gone, dead=state.dead | (gone - state.earlier))
         return states
 
     def _of_earlier_self(self, states: Mapping[str, TaskState]) -> dict[str, frozenset[int]]:

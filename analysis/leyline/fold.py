@@ -100,6 +100,16 @@ class RunState(Value):
         chain = (tip, *self.ancestors(tip.record)) if tip else ()
         return next((pair for pair in chain if pair.good and not pair.condemned), None)
 
+    def reported_before(self, record: int | None) -> float | None:
+        """The trainer's own accuracy at the pair or its nearest good ancestor that has one.
+
+        A pruned pair's accuracy is the validator's: another instrument, which no report is compared with.
+        """
+        pair = None if record is None else self.pair(record)
+        chain = (pair, *self.ancestors(pair.record)) if pair else ()
+        own = (p for p in chain if p.good and not p.condemned and p.candidate is None)
+        return next((p.accuracy for p in own if p.accuracy is not None), None)
+
 
 def fold(state: RunState | None, n: int, draft: Draft) -> RunState:
     """The state after `draft` became record `n`. The rules have already allowed it."""
@@ -178,10 +188,10 @@ def _report_is_good(state: RunState, body: Publish, accuracy: float | None, *, m
         return not masked
     if body.report.state == "unstable":
         return False
-    before = state.last_good
-    if accuracy is None or before is None or before.accuracy is None:
+    before = state.reported_before(state.tip)
+    if accuracy is None or before is None:
         return body.report.state == "stable" or not masked
-    return accuracy >= before.accuracy - state.gate
+    return accuracy >= before - state.gate
 
 
 def _end(state: RunState, draft: Draft, body: End) -> RunState:

@@ -120,7 +120,20 @@ class Log:
             middle = (low + high) // 2
             low, high = (middle, high) if self._exists(middle) else (low, middle)
         record, digest = self.read(low)
-        return Entry(record=record, digest=digest, state=self._state(record))
+        entry = Entry(record=record, digest=digest, state=self._state(record))
+        self._check_ours(entry)
+        return entry
+
+    def _check_ours(self, tail: Entry) -> None:
+        """A signed record of another run, put behind our newest one, must not be taken for our tail."""
+        if tail.record.n == 0:
+            return
+        before, digest = self.read(tail.record.n - 1)
+        genesis = self.read(0)[0].body
+        if tail.record.prev != digest or not isinstance(genesis, Genesis) or tail.state.run_id != genesis.run_id:
+            raise Malformed(
+                f"record {tail.record.n} does not follow record {before.n} of this run; it was put there, remove it"
+            )
 
     def _exists(self, n: int) -> bool:
         try:

@@ -32,12 +32,17 @@ def ask_for(
 
 
 def base_of(cycle: PruningCycle, state: RunState) -> int:
-    """The record of the pair that a cycle is about: the newest of its checkpoint, or the tip."""
+    """The record of the pair that a cycle is about: the newest of its checkpoint, or the newest published one.
+
+    What a cycle committed is no base: the same command given twice would prune the same statistics twice.
+    """
     name = cycle.spec.checkpoint_name
     if name is None:
-        if state.tip is None:
+        published = (p for p in reversed(state.pairs) if p.candidate is None and not p.condemned)
+        newest = next(published, None)
+        if newest is None:
             raise Invalid(f"run {state.run_id} has no checkpoint yet; publish one first")
-        return state.tip
+        return newest.record
     found = _of(name, state)
     if found is None:
         known = ", ".join(pair.checkpoint for pair in state.pairs[-3:]) or "none"

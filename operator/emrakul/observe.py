@@ -185,12 +185,16 @@ class Observer:
 
     def _rounds(self, heads: dict[str, Head], now: datetime) -> tuple[Round, ...]:
         rounds: list[Round] = []
+        marks = _marks(self.cycle, heads)
+        since = max((at for (phase, _), at in marks.items() if phase is Phase.ANALYSE), default=None)
         for number in sorted(ROUND.values()):
             if layout.requests(self.cycle, number) not in heads:
                 continue
             wanted = self.requests(number)
             tasks = [Task(id=request.id) for request in wanted.requests]
-            states = attempt_states(heads.values(), cycle=self.cycle, tasks=tasks, limits=wanted.limits, now=now)
+            states = attempt_states(
+                heads.values(), cycle=self.cycle, tasks=tasks, limits=wanted.limits, now=now, since=since
+            )
             answered, given_up, disputed, finding, failed = 0, [], [], None, ""
             dissenters: set[int] = set()
             for request in wanted.requests:

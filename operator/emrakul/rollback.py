@@ -151,12 +151,13 @@ def probation_finding(
 def _worse(state: RunState, pruned: PairState, report: SystemStatePacket) -> str | None:
     if report.state == "unstable":
         return f"the training is unstable at step {report.step} ({report.source}, loss {report.loss})"
-    if report.n and report.correct is not None and pruned.accuracy is not None:
+    before = state.reported_before(pruned.parent)
+    if report.n and report.correct is not None and before is not None:
         accuracy = report.correct / report.n
-        if accuracy < pruned.accuracy - state.gate:
+        if accuracy < before - state.gate:
             return (
                 f"accuracy at step {report.step} is {accuracy:.3f} ({report.correct} of {report.n}), more than "
-                f"{state.gate:g} below the {pruned.accuracy:.3f} that the candidate was committed with"
+                f"{state.gate:g} below the {before:.3f} that was reported before those masks"
             )
     return None
 

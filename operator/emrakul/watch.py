@@ -10,12 +10,12 @@ from emrakul.asking import ask_for
 from emrakul.core.snapshot import Ask, Snapshot
 from emrakul.finding import Finding
 from emrakul.recovery import recover
-from emrakul.rollback import NoTarget, Request, Validate, probation_finding, resume, roll_back
+from emrakul.rollback import NoLoadableTarget, Request, Validate, probation_finding, resume, roll_back
 from emrakul.settings import Settings
 from leyline import layout
 from leyline.envelope import Trust
 from leyline.fold import PairState, RunState
-from leyline.log import Log
+from leyline.log import Log, NotAllowed
 from leyline.messages import SystemStatePacket
 from leyline.model import Malformed
 from leyline.reasons import Reason
@@ -79,6 +79,7 @@ class Watcher:
         self._recovered = -1
         self._told = -1
         self._looked = -1
+        self._impossible = ""
 
     def step(self) -> Snapshot | str | None:
         """Do one thing: a sentence of what was done, the end of a cycle, or None if there is nothing to do now."""
@@ -100,7 +101,13 @@ class Watcher:
             request = Request(id=asked.id, strategy="baseline", finding=_ASKED)
         else:
             request = Request(id=asked.id, strategy="named", finding=_ASKED, to=int(asked.to))
-        return self._roll_back(request)
+        try:
+            return self._roll_back(request)
+        except (NotAllowed, NoLoadableTarget) as error:
+            if self._impossible == str(error):
+                return None
+            self._impossible = str(error)  # told once; cycles go on
+            return f"rollback {asked.id} of the policy is not possible: {error}"
 
     def _asked_resume(self, state: RunState) -> str | None:
         if state.hold is None or self._policy.resume_after_rollback != state.hold:
@@ -124,7 +131,7 @@ class Watcher:
                     before=pruned.record,
                 )
             )
-        except NoTarget:
+        except (NotAllowed, NoLoadableTarget):
             return None
 
     def _roll_back(self, request: Request) -> str:

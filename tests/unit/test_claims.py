@@ -235,3 +235,17 @@ def test_a_killed_process_leaves_its_tasks_to_the_others(store: LocalStore, tmp_
     assert start(0, 0).wait(timeout=30) == 0
     answered = {key.split("/")[0] for key in keys(store, layout.responses(CYCLE))}
     assert answered == {f"0-{i}" for i in range(6)}
+
+
+def test_an_interrupted_launch_is_no_sign_of_a_task_that_kills_workers() -> None:
+    """Three interruptions of the same command, and then the same command goes on."""
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    heads = [Head(key=f"cycles/c/attempts/0-0/{n}", size=1, pin="p", modified=begun) for n in range(3)]
+    later = begun + timedelta(hours=1)
+    tasks = [Task(id="0-0")]
+    plain = attempt_states(heads, cycle="c", tasks=tasks, limits=WorkLimits(), now=later)["0-0"]
+    assert plain.given_up(WorkLimits())
+    since = begun + timedelta(minutes=30)
+    state = attempt_states(heads, cycle="c", tasks=tasks, limits=WorkLimits(), now=later, since=since)["0-0"]
+    assert not state.given_up(WorkLimits())
+    assert (state.dead, state.live, state.attempts) == (frozenset(), frozenset(), 3)

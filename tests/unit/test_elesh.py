@@ -595,6 +595,7 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "cycles" / CYCLE / "attempts" / "0-0"
     for attempt in path.iterdir():
         os.utime(attempt, (1e9, 1e9))
+    os.utime(tmp_path / layout.started(CYCLE, "analyse", 0), (9e8, 9e8))  # they died in this very launch
     assert main(command) == exits.GAVE_UP
     assert "gave up: request 0-0 has 3 dead attempts" in capsys.readouterr().err
     assert main(["--cycle", f"ftp://x/cycles/{CYCLE}"]) == exits.STORE

@@ -120,10 +120,26 @@ def test_a_publish_with_more_masks_than_its_weights_carry_is_provisional(store: 
 )
 def test_a_masked_publish_is_good_by_its_report(store: LocalStore, correct: int, state: str, good: bool) -> None:
     said = report(correct, state=state)
-    log = write(store, *PRUNED, published("2-1-00000002", term=1, masks=masks_of(2), baked=masks_of(2), report=said))
+    before = published("1-1-00000001", term=1, report=report(95))
+    log = write(
+        store,
+        opened("a"),
+        before,
+        *PRUNED[2:],
+        published("2-1-00000002", term=1, masks=masks_of(2), baked=masks_of(2), report=said),
+    )
     pair = log.tail().state.tip_pair
     assert pair is not None
     assert pair.good is good
+
+
+def test_the_validators_accuracy_is_no_measure_for_the_trainers_reports(store: LocalStore) -> None:
+    """Its evaluation set may be another: 0.93 at the prune, and the trainer says 0.80 before and after."""
+    before = published("1-1-00000001", term=1, report=report(80))
+    after = published("2-1-00000002", term=1, masks=masks_of(2), baked=masks_of(2), report=report(80))
+    pair = write(store, opened("a"), before, *PRUNED[2:], after).tail().state.tip_pair
+    assert pair is not None
+    assert pair.good
 
 
 def test_one_cycle_at_a_time_on_a_base_that_stands(store: LocalStore) -> None:
@@ -373,7 +389,22 @@ def test_the_end_is_found_by_doubling_and_bisection(store: LocalStore, n: int, k
     counted = Wrapped(store)
     assert Log(counted, seen=seen).tail().record.n == n
     assert counted.seen["head"] <= 2 * math.log2(n - start + 1) + 2
-    assert counted.seen["get"] <= 4
+    assert counted.seen["get"] <= 7  # the end, its state, what comes before it, the genesis, and what comes after
+
+
+def test_a_record_of_another_run_behind_ours_is_not_taken_for_the_end(store: LocalStore, tmp_path: Path) -> None:
+    write(store, *ONE)
+    other = LocalStore(tmp_path / "other")
+    write(other, *ONE, published("2-1-00000002", term=1, step=2))
+    record, _ = Log(other).read(3)
+    store.put_if_absent(layout.record(3), other.get(layout.record(3)))
+    store.put_if_absent(layout.state(record.state), other.get(layout.state(record.state)))
+    tampered = store.get(layout.record(2)) != other.get(layout.record(2))
+    if tampered:
+        with pytest.raises(Malformed, match="does not follow"):
+            Log(store).tail()
+    else:  # equal logs are one log
+        assert Log(store).tail().record.n == 3
 
 
 def test_no_news_costs_one_get(store: LocalStore) -> None:

@@ -270,11 +270,11 @@ def test_the_newest_settings_are_those_of_the_last_admitted_cycle(run: History) 
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> History:
-    """Records 2, 3 and 5, the tip: pruned on 3, accuracy 0.9."""
+    """Records 2, 3 and 5, the tip: pruned on 3, whose trainer reported 0.9; the validator's 0.95 is another set's."""
     history = History(LocalStore(tmp_path / "run"))
     history.publish(100)
-    history.publish(200)
-    history.prune({"conv1": [1, 2]}, accuracy=0.9)
+    history.publish(200, report=packet(200, correct=90, n=100))
+    history.prune({"conv1": [1, 2]}, accuracy=0.95)
     return history
 
 

@@ -228,8 +228,9 @@ def _analyse(s: Snapshot, now: datetime) -> Plan | None:
     newest = s.rounds[-1]
     if newest.finding:
         return _end(newest.finding)
-    if newest.failed and newest.method == "structured":
-        # a scorer that cannot do this model's structure: single weights, in the time that is left
+    if newest.failed and newest.complete and newest.method == "structured":
+        # A scorer that cannot do this model's structure: single weights, in the time that is left. All have
+        # answered by now, so the failure that is told is the same whoever was faster.
         return Plan(state="Analyzing", actions=(Cut("histogram"),), message=newest.failed)
     if newest.complete:
         if newest.method in FOLLOWING:

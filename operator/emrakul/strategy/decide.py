@@ -194,8 +194,10 @@ def _nothing(decision: Decision, shares: Sequence[Share | WeightShare]) -> Decis
     parts = "; ".join(_sentence(share.budget, full=share.full) for share in shares)
     if not open_:
         return _declined(decision, Reason.RETENTION_REACHED, parts)
-    if any(share.budget.allowed for share in open_):
+    if any(share.budget.allowed and not share.budget.eligible for share in open_):
         return _declined(decision, Reason.MARGIN, parts)
+    if any(share.budget.allowed for share in open_):
+        return _declined(decision, Reason.RETENTION_REACHED, parts)
     return _declined(decision, Reason.BELOW_ONE_UNIT, parts)
 
 
