@@ -50,9 +50,9 @@ class S3Server:
 
 
 @contextmanager
-def seaweedfs(folder: Path, *, bucket: str = "runs") -> Iterator[S3Server]:
-    """SeaweedFS in one process, its data in `folder`, with an empty bucket."""
-    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+def seaweedfs(folder: Path, *, bucket: str = "runs", numbers: Sequence[int] | None = None) -> Iterator[S3Server]:
+    """SeaweedFS in one process, its data in `folder`, with a bucket. `numbers`: the ports of a server before it."""
+    ports = dict(zip(_PORTS, numbers or free_ports(len(_PORTS)), strict=True))
     command = [
         _program("weed"),
         f"-logdir={folder}",
@@ -145,6 +145,8 @@ def _wait_for(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> 
         try:
             client.create_bucket(Bucket=server.bucket)
             break
+        except client.exceptions.BucketAlreadyOwnedByYou:
+            break  # a server on this folder made it before
         except (BotoCoreError, ClientError) as error:
             if process.poll() is not None or time.monotonic() > give_up:
                 raise RuntimeError(f"the server did not start: {error}\n{log.read_text()[-2000:]}") from error

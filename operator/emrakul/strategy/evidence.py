@@ -62,12 +62,20 @@ def _foreign(
     # retired ancestors are unknown to the log: only what is newer than the oldest known one can be judged
     oldest = min((checkpoint_step(name) for name in lineage), default=None)
     for name in stats.lineage:
-        if oldest is not None and checkpoint_step(name) >= oldest and name not in (checkpoint, *lineage):
+        if oldest is not None and _step(name, unknown=oldest) >= oldest and name not in (checkpoint, *lineage):
             return Finding(
                 Reason.IMPORTANCE_FOREIGN,
                 f"the statistics were gathered over checkpoint {name}, which is no ancestor of {checkpoint}",
             )
     return None
+
+
+def _step(name: str, *, unknown: int) -> int:
+    """Step of a checkpoint; what is no checkpoint's name comes from whoever wrote the statistics."""
+    try:
+        return checkpoint_step(name)
+    except ValueError:
+        return unknown
 
 
 def _stale(
