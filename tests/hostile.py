@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import builders
 from commands import MANIFEST
 from emrakul.cli import main
 from leyline import layout, tensors
@@ -34,9 +35,14 @@ Objects = dict[str, bytes]
 
 def ready(store: ObjectStore, name: str | None = None) -> CheckpointMetadata:
     """READY.json of a checkpoint, by default the tip's."""
-    tip = Log(store).tail().state.tip_pair
-    assert tip is not None
-    return read_ready(store, name or tip.checkpoint, None)
+    return read_ready(store, name or tip(store), None)
+
+
+def tip(store: ObjectStore) -> str:
+    """The tip's checkpoint."""
+    found = Log(store).tail().state.tip_pair
+    assert found is not None
+    return found.checkpoint
 
 
 def objects(store: ObjectStore, name: str | None = None) -> Objects:
@@ -47,7 +53,7 @@ def objects(store: ObjectStore, name: str | None = None) -> Objects:
 
 def key(store: ObjectStore, path: str) -> str:
     """Where an object of the tip's checkpoint lies."""
-    return layout.checkpoint(ready(store).name, path)
+    return layout.checkpoint(tip(store), path)
 
 
 def publish(
@@ -60,6 +66,7 @@ def publish(
     without_statistics: bool = False,
     ring: KeyRing | None = None,
     tampered: bool = False,
+    shards: int = 1,
 ) -> Entry:
     """A checkpoint (by default the tip's) once more, as the next one, with other objects and a READY.json to them.
 
@@ -67,9 +74,9 @@ def publish(
     and `tampered` changes what it wrote, with a digest that agrees: only the encryption can tell.
     """
     state = Log(store).tail().state
-    tip, before, held = state.tip_pair, ready(store, of), objects(store, of)
-    assert tip is not None and before.statistics is not None
-    step = tip.step + 10
+    last, before, held = state.tip_pair, ready(store, of), objects(store, of)
+    assert last is not None and before.statistics is not None
+    step = last.step + 10
     name = f"{step}-{state.term}-{step:08x}"
     here = {"checkpoint": name, "lineage": (before.name, *before.statistics.lineage), "step": step}
     stats = before.statistics.model_copy(update={**here, **(statistics or {})})
@@ -80,6 +87,11 @@ def publish(
         held[IMPORTANCE] = _sealed(tensors.pack(arrays, {"importance": stats.canonical().decode()}), name, ring)
         if tampered:
             held[IMPORTANCE] = flipped(held[IMPORTANCE])
+    layout_of_weights: dict[str, Any] = {}
+    if shards > 1:
+        parts = builders.sharded(_tensors(held.pop(WEIGHTS)), shards)
+        layout_of_weights = {"format": "safetensors-sharded", "weights": tuple(parts)}
+        held |= parts
     held |= changed or {}
     said = before.model_copy(
         update={
@@ -88,6 +100,7 @@ def publish(
             "step": step,
             "importance": None if without_statistics else IMPORTANCE,
             "statistics": None if without_statistics else stats,
+            **layout_of_weights,
             "objects": tuple(StoredObject(path=path, digest=digest_bytes(data)) for path, data in held.items()),
         }
     )
@@ -97,8 +110,8 @@ def publish(
     draft = Draft(
         id=name,
         checkpoint=name,
-        masks=tip.masks,
-        baked=tip.baked,
+        masks=last.masks,
+        baked=last.baked,
         evidence={layout.checkpoint(name, layout.READY): sha256_hex(seal_ready(said, ()))},
         body=Publish(step=step, epoch=said.epoch, term=state.term),
     )
@@ -155,6 +168,16 @@ def with_tensor(data: bytes, name: str, values: NDArray[np.float32]) -> bytes:
     return _rewritten(data, lambda header: header.update({name: entry})) + values.tobytes()
 
 
+def _tensors(data: bytes) -> dict[str, builders.Tensor]:
+    length, header = _header(data)
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        found[name] = builders.Tensor(entry["dtype"], tuple(entry["shape"]), data[begin:end])
+    return found
+
+
 def _header(data: bytes) -> tuple[int, dict[str, Any]]:
     (length,) = struct.unpack("<Q", data[:8])
     return length, json.loads(data[8 : 8 + length])
@@ -190,9 +213,14 @@ class Shell:
         self, store: ObjectStore, *arguments: str, code: int, more: str = "", structured: bool = True
     ) -> dict[str, Any]:
         """One cycle on the tip, on one worker; `more` are lines of settings, indented by four."""
-        manifest = self._folder / "cycle.yaml"
-        manifest.write_text(MANIFEST.format(run=store.uri, structured=str(structured).lower(), more=more))
-        return self("run", str(manifest), "--workers", "1", *arguments, code=code)
+        text = MANIFEST.format(run=store.uri, structured=str(structured).lower(), more=more)
+        return self("run", self.manifest(text), "--workers", "1", *arguments, code=code)
+
+    def manifest(self, text: str) -> str:
+        """A file with this text."""
+        path = self._folder / "cycle.yaml"
+        path.write_text(text)
+        return str(path)
 
     def ended(self, store: ObjectStore, reason: str, *arguments: str, code: int, **how: Any) -> str:
         """The sentence of a cycle that ended for this reason, its tip and masks as they were."""

@@ -148,7 +148,7 @@ REMEDY: dict[Reason, str] = {
     Reason.WORKERS_FAILED: "Workers died again and again: look at their last words, at memory and at the machine.",
     Reason.TOO_FEW_SAMPLES: "Train longer between checkpoints, publish(refresh=N), or lower min_importance_samples.",
     Reason.UNRELIABLE: "Use publish(refresh=1000): the two halves of the statistics disagree.",
-    Reason.NO_IMPORTANCE: "Publish with an ImportanceTracker, or set structured_pruning.enabled: false.",
+    Reason.NO_IMPORTANCE: "Publish with an ImportanceTracker, or set importance: [magnitude].",
     Reason.IMPORTANCE_CORRUPT: "Publish a new checkpoint; the statistics of this one cannot be read.",
     Reason.IMPORTANCE_FOREIGN: "Publish with the tracker of this run; the statistics belong to other weights.",
     Reason.IMPORTANCE_STALE: "Sample more often, or publish(refresh=N): the statistics are too old.",

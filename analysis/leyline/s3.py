@@ -373,7 +373,10 @@ class S3Store:
         if isinstance(error, _NO_CREDENTIALS):
             return Refused(f"{where}: {error}; set the usual AWS variables or a profile")
         if isinstance(error, _NO_ANSWER):
-            return Unreachable(f"{where}: the store at {self.endpoint} does not answer: {error}")
+            return Unreachable(
+                f"{where}: the store at {self.endpoint} does not answer ({error}); check the endpoint and the network, "
+                "and try again"
+            )
         if not isinstance(error, ClientError):
             return StoreError(f"{where}: {error}")
         code = error.response["Error"].get("Code", "")

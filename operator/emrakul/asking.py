@@ -46,7 +46,9 @@ def base_of(cycle: PruningCycle, state: RunState) -> int:
     found = _of(name, state)
     if found is None:
         known = ", ".join(pair.checkpoint for pair in state.pairs[-3:]) or "none"
-        raise Invalid(f"run {state.run_id} has no checkpoint {name} in its log; the newest are {known}")
+        raise Invalid(
+            f"run {state.run_id} has no checkpoint {name} in its log; the newest are {known}, or write latest"
+        )
     return found.record
 
 

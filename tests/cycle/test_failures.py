@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import re
 import signal
 import zipfile
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from leyline.local import LocalStore
 from leyline.log import Log
 from leyline.messages import Requests, StructuralAnalysisResponse
 from leyline.open import open_store
+from leyline.reasons import OUTCOME_OF, Outcome, Reason
 from leyline.records import Kind
 from leyline.store import ObjectStore
 from leyline.topology import Parameter, Topology
@@ -373,3 +375,14 @@ def test_three_failures_in_a_row_open_the_breaker(run: LocalStore, shell: Shell)
     said = shell.ended(run, "Skipped/BreakerOpen", code=6)
     assert "3 cycles in a row failed" in said
     assert not list(hostile.folder(run).glob(f"cycles/c{_base(run)}-*/attempts"))
+
+
+# --- what the documentation says of all this --------------------------------------------------------------------------
+
+
+def test_every_way_to_fail_has_its_row() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "failure-modes.md").read_text()
+    named = set(re.findall(r"`([A-Z]\w+)/(\w+)`", page))
+    assert all(OUTCOME_OF[Reason(reason)] == outcome for outcome, reason in named)
+    told = {Outcome.SKIPPED, Outcome.ROLLED_BACK, Outcome.FAILED}
+    assert {reason for reason in Reason if OUTCOME_OF[reason] in told} <= {reason for _, reason in named}
