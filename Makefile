@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.ready  ## train, prune, validate, commit, refuse and roll back a real model (4 minutes)
-	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready  ## every test that needs no cluster
 	$(BIN)/python -m pytest -n 2 --dist worksteal
