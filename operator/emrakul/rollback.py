@@ -184,10 +184,11 @@ def roll_back(
     """
     if request.strategy == "progressive" and validate is None:
         raise TypeError("a progressive rollback validates every target; pass validate")
+    # the tail first: append looks for the id from there on, so no record falls between the two looks
+    before = log.tail().state
     if (found := log.find((Kind.ROLLBACK.value, request.id), base=since)) is not None:
         _settle(store, log, found)
         return Rolled(record=found, passed_over={}, again=True)
-    before = log.tail().state
     passed_over: dict[int, str] = {}
     for pair in targets(before, request.strategy, depth=depth, to=request.to, before=request.before):
         if why := _unfit(store, log, pair, trust, validate if request.strategy == "progressive" else None, deep=deep):
