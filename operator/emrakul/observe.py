@@ -63,6 +63,13 @@ class Observer:
         ready, groups, unusable = self.checkpoint(pair.checkpoint) if pair else (None, 0, None)
         ancestors = tail.state.ancestors(pair.record) if pair else ()
         steps = [other.step for other in ancestors if other.step < (pair.step if pair else 0)]
+        rounds: tuple[Round, ...] = ()
+        decision: Decision | None = None
+        try:
+            rounds = self._rounds(heads, now)
+            decision = self.decision() if layout.decision(self.cycle) in heads else None
+        except Malformed as error:  # somebody else wrote there: the cycle ends, it is not left live
+            unusable = unusable or Finding(Reason.INVALID_INPUT, str(error))
         on = self._bases(heads)
         here = tail.state.pair(on[-1].base) if on else None
         if here is not None:
@@ -81,8 +88,8 @@ class Observer:
                 ready=ready,
                 groups=groups,
                 input=unusable,
-                rounds=self._rounds(heads, now),
-                decision=self.decision() if layout.decision(self.cycle) in heads else None,
+                rounds=rounds,
+                decision=decision,
                 on=on,
                 marks=_marks(self.cycle, heads),
                 jobs=tuple(jobs),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,17 @@ def test_a_stray_object_stops_no_cycle(run: History, key: str) -> None:
     run.store.put_if_absent(key.format(cycle=driver.cycle), b"{}")
     driver.step()
     assert driver.step()[1].state == "Analyzing"
+
+
+@pytest.mark.parametrize("place", [layout.decision, lambda cycle: layout.requests(cycle, 1)])
+def test_what_somebody_else_wrote_there_ends_the_cycle(run: History, place: Callable[[str], str]) -> None:
+    driver = controller(run, run.publish(100, epoch=40), BASIC)
+    driver.step()
+    run.store.put_if_absent(place(driver.cycle), b"not what belongs here")
+    driver.step()
+    reason, _ = end(run)
+    assert reason == Reason.INVALID_INPUT
+    assert place(driver.cycle) in run.log.tail().record.message
 
 
 class TestTrust:

@@ -30,7 +30,7 @@ from leyline.local import LocalStore
 from leyline.log import Log, NotAllowed
 from leyline.messages import AnalysisResults
 from leyline.reasons import Reason
-from leyline.records import Draft, Kind, Rollback
+from leyline.records import Draft, Kind, Record, Rollback
 from leyline.store import Refused
 
 ASKED = Finding(Reason.ASKED, "the loss rose")
@@ -139,6 +139,19 @@ def test_the_same_command_twice_at_once_is_one_rollback(run: History) -> None:
         thread.start()
     for thread in together:
         thread.join()
+    assert sum(record.kind is Kind.ROLLBACK for record in run.log.since(0)) == 1
+
+
+def test_a_rollback_that_comes_between_the_look_and_the_append_is_found(run: History) -> None:
+    request = asked(run)
+
+    class Overtaken(Log):
+        def find(self, slot: tuple[str, str], *, base: int) -> Record | None:
+            found = super().find(slot, base=base)
+            roll_back(run.store, Log(run.store), request, trust=None)
+            return found
+
+    roll_back(run.store, Overtaken(run.store), request, trust=None)
     assert sum(record.kind is Kind.ROLLBACK for record in run.log.since(0)) == 1
 
 

@@ -245,6 +245,8 @@ def _analyse(s: Snapshot, now: datetime) -> Plan | None:
         return _end(_gave_up(s, newest))
     limit = timedelta(seconds=s.ask.settings.checkpoint_analysis_timeout)
     progress = f"{newest.answered}/{newest.requests} requests answered ({newest.method})"
+    if newest.dissenters:
+        progress += f"; outvoted: worker {', '.join(map(str, newest.dissenters))}"
     return _work(s, now, Phase.ANALYSE, newest.number, limit, progress)
 
 
