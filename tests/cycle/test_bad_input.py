@@ -44,6 +44,18 @@ def manifest(uri: str, more: str = "") -> str:
     return MANIFEST.format(run=uri, structured="true", more=more)
 
 
+def test_settings_may_be_a_file_with_the_emrakul_block(run: LocalStore, tmp_path: Path) -> None:
+    """The feature flag is off in this block, whatever the policy says."""
+    (tmp_path / "cycle.yaml").write_text(manifest(run.uri))
+    block = tmp_path / "settings.yaml"
+    block.write_text("emrakul:\n  enable_checkpoint_pruning: false\n  worker_time_budget: 60\n")
+    command = [sys.executable, "-m", "emrakul", "run", str(tmp_path / "cycle.yaml"), "--settings", str(block)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 4
+    assert "worker_time_budget" in refused.stderr  # the formula says 300
+    assert "Traceback" not in refused.stderr
+
+
 # --- manifests --------------------------------------------------------------------------------------------------------
 
 CYCLE = manifest("x").partition("---\n")[2]

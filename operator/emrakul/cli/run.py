@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from emrakul.core.plan import Plan
 from emrakul.core.snapshot import Ask, Snapshot
 from emrakul.invalid import Invalid
 from emrakul.runtime.local import LocalRuntime
+from emrakul.settings import Settings
 from emrakul.timeline import CycleReport, report
 from leyline.messages import Decision
 from leyline.model import Malformed
@@ -43,6 +44,11 @@ CODES = {Outcome.SKIPPED: SKIPPED, Outcome.ROLLED_BACK: NOT_PASSED, Outcome.FAIL
 @click.command()
 @click.argument("manifest", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--policy", type=click.Path(dir_okay=False, path_type=Path), help="File with the PruningPolicy.")
+@click.option(
+    "--settings",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File with an `emrakul:` block of settings, instead of the policy's.",
+)
 @click.option("--workers", type=click.IntRange(1, 1000), help="Analysis workers, instead of the formula's number.")
 @click.option(
     "--decision", type=click.Path(dir_okay=False, path_type=Path), help="Force this decision; every check still holds."
@@ -56,6 +62,7 @@ def command(
     options: StoreOptions,
     *,
     policy: Path | None,
+    settings: Path | None,
     workers: int | None,
     decision: Path | None,
     again: bool,
@@ -67,6 +74,8 @@ def command(
     run = opened(run_of(cycle, chosen, name=str(manifest)), spec, options)
     forced = _decision(decision) if decision else None
     ask = _ask(run, cycle, spec, forced)
+    if settings is not None:
+        ask = replace(ask, settings=Settings.from_yaml(read(settings), name=str(settings)))
     name = _again(run, ask) if again else name_of(ask)
     with interruptible():
         ended = drive(run, ask, workers=workers, name=name, forced=forced)
