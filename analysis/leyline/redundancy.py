@@ -1,4 +1,4 @@
-"""Heads that say the same: how alike their outputs are, and which of a pair may go."""
+"""Heads that say the same: how alike their outputs are. Which of a pair may go, the budget decides."""
 
 from __future__ import annotations
 
@@ -19,23 +19,3 @@ def similarity(gram: Matrix, units: int) -> Matrix:
     norms = np.sqrt(np.maximum(np.diag(blocks), 0.0))
     scale = np.outer(norms, norms)
     return np.asarray(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0), dtype=np.float64)
-
-
-def redundant(
-    alike: Matrix, importance: NDArray[np.float64], live: NDArray[np.bool_], threshold: float
-) -> NDArray[np.bool_]:
-    """Units [units] that a unit which stays stands in for.
-
-    From the closest pair down, of two live units that are alike by at least `threshold` the less important is
-    redundant (the first, if equal), unless either is so already: never both of a pair, and nothing is redundant to
-    what goes itself.
-    """
-    found = np.zeros(len(alike), dtype=np.bool_)
-    first, second = np.triu_indices(len(alike), k=1)
-    close = (alike[first, second] >= threshold) & live[first] & live[second]
-    first, second = first[close], second[close]
-    for pair in np.lexsort((second, first, -alike[first, second])):
-        u, v = int(first[pair]), int(second[pair])
-        if not found[u] and not found[v]:
-            found[u if importance[u] <= importance[v] else v] = True
-    return found

@@ -21,13 +21,13 @@ from leyline.messages import (
     Decision,
     Requests,
     StructuralAnalysisRequest,
-    SystemStatePacket,
     Verdict,
 )
 from leyline.model import Malformed
 from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
+from leyline.report import newest_report
 from leyline.store import Damaged, Head, NotFound, ObjectStore
 from leyline.topology import Topology
 from leyline.verdict import open_verdict
@@ -93,7 +93,7 @@ class Observer:
                 on=on,
                 marks=_marks(self.cycle, heads),
                 jobs=tuple(jobs),
-                report=self._report(tail.state) if end is None else None,
+                report=newest_report(self.store, tail.state.term) if end is None else None,
                 untrusted=self._trust is None and (self._unsigned or not self.log.signed),
                 publishes=self._publishes(ask.base),
                 evidence=self._evidence({known.checkpoint for known in (pair, here) if known is not None}),
@@ -306,16 +306,6 @@ class Observer:
     def _publishes(self, base: int) -> tuple[datetime, ...]:
         moved = [record.n for record in self._records if record.kind is Kind.PUBLISH]
         return tuple(self.store.head(layout.record(n)).modified for n in (base, *moved)) if moved else ()
-
-    def _report(self, state: RunState) -> SystemStatePacket | None:
-        """The newest report of the run's term: their names order by step. One that is no report says nothing."""
-        newest = None
-        for head in self.store.list(layout.reports(state.term)):
-            newest = head.key
-        try:
-            return SystemStatePacket.parse(self.store.get(newest), name=newest) if newest else None
-        except Malformed:
-            return None
 
 
 def _check_size(store: ObjectStore, checkpoint: str, path: str, size: int) -> None:

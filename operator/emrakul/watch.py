@@ -16,10 +16,9 @@ from leyline import layout
 from leyline.envelope import Trust
 from leyline.fold import PairState, RunState
 from leyline.log import Log, NotAllowed
-from leyline.messages import SystemStatePacket
-from leyline.model import Malformed
 from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
+from leyline.report import newest_report
 from leyline.store import NotFound, ObjectStore
 
 
@@ -116,7 +115,7 @@ class Watcher:
 
     def _probation(self, state: RunState) -> str | None:
         """Masks that made the training worse go back by themselves."""
-        found = probation_finding(state, self._records, self._report(state))
+        found = probation_finding(state, self._records, newest_report(self._store, state.term))
         if found is None:
             return None
         pruned, finding = found
@@ -182,16 +181,6 @@ class Watcher:
         if found is None:
             return None
         return self._drive(ask_for(found.base, self._policy, store=self._store, runtime=self._runtime), None)
-
-    def _report(self, state: RunState) -> SystemStatePacket | None:
-        """The newest report of the run's term: their names order by step. One that is no report says nothing."""
-        newest = None
-        for head in self._store.list(layout.reports(state.term)):
-            newest = head.key
-        try:
-            return SystemStatePacket.parse(self._store.get(newest), name=newest) if newest else None
-        except Malformed:
-            return None
 
 
 def _admitted(record: Record, runtime: str) -> Ask:

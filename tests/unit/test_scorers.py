@@ -18,7 +18,7 @@ from elesh.squares import BLOCK, SEGMENT, Axis, add_segments, segments, sum_squa
 from leyline.messages import Slice, Tie
 from leyline.model import Malformed
 from leyline.partial import Parts, add_up, fisher, magnitude, wanda
-from leyline.redundancy import redundant, similarity
+from leyline.redundancy import similarity
 from leyline.topology import Group, Kind, Member, Topology
 
 RANDOM = np.random.default_rng(5)
@@ -122,19 +122,13 @@ def test_what_was_not_measured_is_not_scored() -> None:
     assert SCORERS["contribution"][1](forward) is not None
 
 
-def test_similar_heads_lose_the_less_important_of_each_pair_never_both() -> None:
+def test_heads_that_say_the_same_are_alike_whatever_their_size() -> None:
     outputs = RANDOM.normal(size=(4, 100))
     outputs[1] = 2 * outputs[0] + 0.05 * RANDOM.normal(size=100)
-    outputs[2] = 3 * outputs[0] + 0.05 * RANDOM.normal(size=100)
     alike = similarity(outputs @ outputs.T, 4)
     assert alike == pytest.approx(np.corrcoef(outputs), abs=0.2)
     assert np.diag(alike) == pytest.approx(1)
-    importance = np.array([3.0, 1.0, 2.0, 0.1])
-    live = np.ones(4, dtype=np.bool_)
-    assert redundant(alike, importance, live, 0.9).tolist() == [False, True, True, False]
-    live[0] = False
-    assert redundant(alike, importance, live, 0.9).tolist() == [False, True, False, False]
-    assert not redundant(alike, importance, np.ones(4, dtype=np.bool_), 1.1).any()
+    assert alike[0, 1] > 0.9
 
 
 def test_a_unit_of_two_heads_adds_their_sum() -> None:

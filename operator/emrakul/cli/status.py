@@ -11,7 +11,7 @@ from emrakul.cli.options import Opened, run_options
 from emrakul.cli.output import Output, ago, iso, masked
 from leyline import layout
 from leyline.fold import PairState, RunState
-from leyline.messages import SystemStatePacket
+from leyline.report import newest_report
 from leyline.store import NotFound
 
 NO_SAVING = "pruned parameters stay as zeroes: masks save neither memory nor time before compaction"
@@ -79,13 +79,10 @@ def _pair(pair: PairState | None) -> dict[str, Any] | None:
 
 
 def _report(run: Opened, state: RunState) -> dict[str, Any] | None:
-    """The newest report of this term: their names order by step."""
-    newest = None
-    for head in run.store.list(f"reports/{state.term}-"):
-        newest = head.key
-    if newest is None:
+    """The newest report of this term."""
+    packet = newest_report(run.store, state.term)
+    if packet is None:
         return None
-    packet = SystemStatePacket.parse(run.store.get(newest), name=newest)
     return packet.model_dump(mode="json", include={"step", "epoch", "loss", "correct", "n", "state", "source"})
 
 
