@@ -96,3 +96,20 @@ def test_killed_workers_do_not_end_the_cycle(run: Path, golden: Mapping[str, byt
     ended = command.end()
     assert (ended["exit"], ended["outcome"]) == (0, "Committed"), ended["said"]
     assert_same(run, golden)
+
+
+@pytest.mark.parametrize("asked_to_stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(
+    run: Path, golden: Mapping[str, bytes], asked_to_stop: signal.Signals
+) -> None:
+    command = emrakul_run(run.parent, str(run), "--workers", "2")
+    appears(run, "cycles/*/attempts/*/0")
+    workers = command.workers()
+    command.process.send_signal(asked_to_stop)
+    stopped = command.end()
+    assert stopped["exit"] == 130
+    assert "the same command goes on from here" in stopped["said"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    ended = emrakul_run(run.parent, str(run)).end()
+    assert (ended["exit"], ended["outcome"]) == (0, "Committed"), ended["said"]
+    assert_same(run, golden)
