@@ -17,13 +17,13 @@ from leyline import layout
 from leyline.candidate import masked_objects
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust
+from leyline.evidence import evidence_of
 from leyline.fold import PairState
 from leyline.log import Log
 from leyline.masks import Masks
 from leyline.messages import Candidate, CheckpointMetadata, MaskRef
 from leyline.model import Malformed
 from leyline.ready import read_ready
-from leyline.records import Prune
 from leyline.store import Changed, Damaged, NotFound, ObjectStore, StoreError
 from leyline.tensors import header_length, parse_header
 
@@ -38,7 +38,7 @@ def load_pair(store: ObjectStore, log: Log, pair: PairState, into: Into, trust: 
     """Read the pair into `into`, in place: where this raises, what was read before has been taken already.
 
     PairDamaged after the second time that something is missing or is not what its digest says."""
-    ready, manifest = _evidence(log, pair)
+    ready, manifest = evidence_of(log, pair)
     for attempt in (1, 2):
         try:
             _load(store, pair, into, trust, ready=ready, manifest=manifest)
@@ -52,17 +52,6 @@ def load_pair(store: ObjectStore, log: Log, pair: PairState, into: Into, trust: 
                 raise
         else:
             return
-
-
-def _evidence(log: Log, pair: PairState) -> tuple[str | None, str | None]:
-    """SHA-256 of READY.json, and of the candidate's manifest, as the log has them. Records are never deleted."""
-    record, _ = log.read(pair.record)
-    manifest = None
-    if isinstance(record.body, Prune):
-        manifest = record.evidence.get(f"{record.body.candidate}MANIFEST.json")
-    while isinstance(record.body, Prune):
-        record, _ = log.read(record.body.base)
-    return record.evidence.get(layout.checkpoint(pair.checkpoint, layout.READY)), manifest
 
 
 def _load(

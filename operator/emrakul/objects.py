@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from leyline import layout
 from leyline.digest import ObjectDigest, sha256_hex
 from leyline.envelope import Trust
+from leyline.evidence import evidence_of
 from leyline.fold import PairState
 from leyline.log import Log
 from leyline.messages import Candidate
 from leyline.model import Malformed
 from leyline.ready import read_ready
-from leyline.records import Prune
 from leyline.store import CHUNK, Changed, Damaged, NotFound, ObjectStore
 
 SMALL = 1024 * 1024
@@ -42,7 +42,7 @@ def parts(store: ObjectStore, log: Log, pair: PairState, trust: Trust | None) ->
 
     NotFound, Damaged or Malformed name the small object that is missing or wrong; Untrusted an unsigned READY.
     """
-    ready, manifest = _evidence(log, pair)
+    ready, manifest = evidence_of(log, pair)
     _proven(store, layout.checkpoint(pair.checkpoint, layout.READY), ready)
     metadata = read_ready(store, pair.checkpoint, trust)
     folders = [(layout.checkpoint(metadata.name), metadata.objects)]
@@ -57,7 +57,7 @@ def parts(store: ObjectStore, log: Log, pair: PairState, trust: Trust | None) ->
 
 def evidence(log: Log, pair: PairState) -> dict[str, str]:
     """SHA-256 of the small objects that the pair rests on, by key, as far as the log has them."""
-    ready, manifest = _evidence(log, pair)
+    ready, manifest = evidence_of(log, pair)
     found = {layout.checkpoint(pair.checkpoint, layout.READY): ready, f"{pair.candidate}MANIFEST.json": manifest}
     return {key: digest for key, digest in found.items() if digest}
 
@@ -93,17 +93,6 @@ def check(store: ObjectStore, part: Part, *, deep: bool, progress: Progress = la
                 "it was damaged or exchanged, restore it from a copy"
             )
         progress(len(data))
-
-
-def _evidence(log: Log, pair: PairState) -> tuple[str | None, str | None]:
-    """SHA-256 of READY.json and of the candidate's manifest. Records are never deleted, so they are there."""
-    record, _ = log.read(pair.record)
-    manifest = None
-    if isinstance(record.body, Prune):
-        manifest = record.evidence.get(f"{record.body.candidate}MANIFEST.json")
-    while isinstance(record.body, Prune):
-        record, _ = log.read(record.body.base)
-    return record.evidence.get(layout.checkpoint(pair.checkpoint, layout.READY)), manifest
 
 
 def _proven(store: ObjectStore, key: str, digest: str | None) -> bytes:
