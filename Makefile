@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint accuracy contracts constraints clean
+.PHONY: help demo test api e2e lint accuracy contracts constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this text
@@ -23,6 +23,14 @@ demo: $(VENV)/.ready  ## train, prune, validate, commit, refuse and roll back a 
 test: $(VENV)/.ready  ## every test that needs no cluster
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+api: $(VENV)/.ready  ## the operator against a real API server and etcd (builds them once)
+	$(BIN)/python tests/cluster build components
+	$(BIN)/python -m pytest tests/api
+
+e2e: $(VENV)/.ready  ## the operator in a real cluster: its own, kind, or EMRAKUL_E2E_KUBECONFIG
+	$(BIN)/python tests/cluster build
+	$(BIN)/python -m pytest tests/cluster
+
 lint: $(VENV)/.ready  ## ruff, mypy --strict, import-linter, generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,7 +41,7 @@ lint: $(VENV)/.ready  ## ruff, mypy --strict, import-linter, generated files
 accuracy: $(VENV)/.ready  ## importance against exact importance: tau, AUC, MAPE
 	$(BIN)/python bench/accuracy.py
 
-contracts: $(VENV)/.ready  ## write docs/contracts.md, docs/settings.md and docs/schemas/
+contracts: $(VENV)/.ready  ## write what the code generates: crds/, the chart's schema, docs/contracts.md, schemas
 	$(BIN)/python docs/generate.py
 
 constraints: $(VENV)/.ready  ## resolve the dependencies again

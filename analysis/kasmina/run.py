@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from kasmina.enforce import MaskEnforcer, MasksDoNotFit
 from kasmina.evaluation import BATCH
+from kasmina.held import HeldTime, holds
 from kasmina.into import IntoTensors, IntoTraining
 from kasmina.load import Loaded, load_newest
 from kasmina.pair import read_masks
@@ -95,7 +96,9 @@ class TrainingRun:
         self._blank = training.tracker.state() if training.tracker is not None else b""
         self._exports = EvaluationExport()
         self._losses = LossHistory()
+        self._held = HeldTime()
         self._report: SystemStatePacket | None = None
+        self._times: tuple[str, dict[str, float | None]] = ("", {})
         self._position = position
         self._term = 0
         self._seen = 0
@@ -186,6 +189,7 @@ class TrainingRun:
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
+    @holds
     def publish(
         self,
         *,
@@ -247,10 +251,12 @@ class TrainingRun:
         )
         self._published = append_publish(self._log, written, report=self._report, base=self._seen)
         self._report = None
+        self._held.published()
         if wait:
             self.wait()
         return self._published
 
+    @holds
     def report(
         self,
         *,
@@ -264,8 +270,9 @@ class TrainingRun:
     ) -> Reported:
         """Say how training is doing. `correct` of `n`: its own evaluation, by which a later checkpoint counts as good.
 
-        `state` left out: stable if the loss is finite and at most 1.2 x its running median. The next publish carries
-        the newest report. Never raises for the store's sake.
+        `state` left out: stable if the loss is finite and at most 1.2 x its running median. How long the training was
+        held, and what the tracker costs, is measured here. The next publish carries the newest report, without these
+        times: a record says what happened, not how fast. Never raises for the store's sake.
         """
         judged = self._losses.judge(loss, grad_norm)
         packet = SystemStatePacket(
@@ -280,6 +287,7 @@ class TrainingRun:
             record=self._seen,
         )
         self._report = packet
+        packet = packet.model_copy(update=self._measured(packet))
         if self._rank != 0:
             return Reported(packet=packet)
         try:
@@ -288,8 +296,18 @@ class TrainingRun:
             return Reported(packet=packet, error=str(error))
         return Reported(packet=packet)
 
+    def _measured(self, packet: SystemStatePacket) -> dict[str, float | None]:
+        """The times of a report. Saying the same step again is the same object, so its first times stay."""
+        said, times = self._times
+        if said != packet.idempotency_key:
+            cost = self._training.tracker.cost() if self._training.tracker is not None else None
+            times = {"held_seconds": self._held.seconds, "tracking_share": None if cost is None else cost.share}
+            self._times = packet.idempotency_key, times
+        return times
+
     # --- in -----------------------------------------------------------------------------------------------------------
 
+    @holds
     def sync(self, *, at: int | None = None) -> SyncResult:
         """Take what the log says since the last sync; one GET where there is nothing new.
 
@@ -311,6 +329,7 @@ class TrainingRun:
             self._position = replace(self._position, masks=found.masks)
         return found
 
+    @holds
     def wait(self, timeout: float = 600.0) -> Record | None:
         """Wait for the end of the cycle on the checkpoint published last: its prune or outcome record, or None.
 
@@ -338,6 +357,7 @@ class TrainingRun:
                 return None
             time.sleep(min(_POLL_SECONDS, timeout))
 
+    @holds
     def load(self, *, readonly: bool = False) -> Loaded | None:
         """Load the tip in place: weights, moments, masters, averaged copies, tracker and masks. None in an empty run.
 

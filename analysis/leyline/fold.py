@@ -62,6 +62,8 @@ class RunState(Value):
     pairs: tuple[PairState, ...] = ()
     """All that are not retired, oldest first."""
     live: LiveCycle | None = None
+    cycled: int = -1
+    """The newest base that a cycle was admitted on, by record."""
     baseline: int | None = None
     """The first publish; a policy may name another."""
     ladder: Ladder = Ladder()
@@ -134,7 +136,10 @@ def fold(state: RunState | None, n: int, draft: Draft) -> RunState:
             )
             named = next((p.record for p in state.pairs if body.baseline and p.checkpoint == body.baseline), None)
             baseline = state.baseline if named is None else named
-            return after.model_copy(update={"live": live, "gate": body.accuracy_drop, "baseline": baseline})
+            cycled = max(state.cycled, body.base)
+            return after.model_copy(
+                update={"live": live, "gate": body.accuracy_drop, "baseline": baseline, "cycled": cycled}
+            )
         case Prune():
             return _prune(_end(after, draft, body), draft, body)
         case Outcome():

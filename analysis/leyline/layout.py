@@ -32,6 +32,11 @@ def results(cycle: str) -> str:
     return f"reports/results-{cycle}.json"
 
 
+def sent(cycle: str) -> str:
+    """The sink has taken the results of this cycle: whoever finds no such mark sends them again."""
+    return f"reports/sent-{cycle}.json"
+
+
 def recovery(record: int) -> str:
     """What recovery validation found after the rollback that is log record `record`."""
     return f"reports/recovery-{record}.json"

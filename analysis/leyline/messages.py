@@ -67,6 +67,12 @@ class SystemStatePacket(Message):
     source: str = "trainer"
     record: int = -1
     """The newest log record that the trainer had applied when it wrote this."""
+    # what lies outside every digest: the copy in a publish record has neither
+    held_seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Seconds that the newest checkpoint before this report held the training: its publish, and each sync, wait, load
+    and report since. None before this process has published one."""
+    tracking_share: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    """The tracker's measured share of training time, 0.008 is 0.8 %; None before it could be compared."""
 
 
 class EvaluationRef(Value):

@@ -12,7 +12,7 @@ from leyline.local import LocalStore
 from leyline.store import Exists, NotFound, ObjectStore, Refused, StoreError, Unsuitable
 
 if TYPE_CHECKING:
-    from leyline.s3 import S3Store
+    from leyline.s3 import Credentials, S3Store
 
 GENESIS = "log/0/0.json"
 """The first record of a run's log: where it stands, there is a run."""
@@ -26,15 +26,20 @@ _probed: set[tuple[str, str | None]] = set()
 
 
 def open_store(
-    uri: str, *, endpoint: str | None = None, region: str | None = None, ca_bundle: str | None = None
+    uri: str,
+    *,
+    endpoint: str | None = None,
+    region: str | None = None,
+    ca_bundle: str | None = None,
+    credentials: Credentials | None = None,
 ) -> ObjectStore:
     """The store of the run at `s3://bucket/prefix`, `file:///folder` or a plain path.
 
-    Endpoint, region and CA bundle are for S3; left out, the usual AWS variables count. StoreError if the URI is
+    Endpoint, region, CA bundle and credentials are for S3; left out, the usual AWS variables count. StoreError if the URI is
     malformed, lies inside another run, contains one, or holds folders that are no run's. To know that, the store
     is asked, so this may also end in Refused or Unreachable.
     """
-    store = _store_for(uri, endpoint=endpoint, region=region, ca_bundle=ca_bundle)
+    store = _store_for(uri, endpoint=endpoint, region=region, ca_bundle=ca_bundle, credentials=credentials)
     for ancestor in store.ancestors():
         if _is_run(ancestor):
             raise StoreError(f"{uri} lies inside the run {ancestor.uri}; give each run a prefix outside of all others")
@@ -69,7 +74,9 @@ def probe(store: ObjectStore) -> None:
     _probed.add(name)
 
 
-def _store_for(uri: str, *, endpoint: str | None, region: str | None, ca_bundle: str | None) -> LocalStore | S3Store:
+def _store_for(
+    uri: str, *, endpoint: str | None, region: str | None, ca_bundle: str | None, credentials: Credentials | None
+) -> LocalStore | S3Store:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in ("s3", "file"):
         raise StoreError(f"{uri}: {scheme}:// is no store we know; use s3://bucket/prefix, file:///folder or a path")
@@ -84,7 +91,14 @@ def _store_for(uri: str, *, endpoint: str | None, region: str | None, ca_bundle:
         # boto3 takes a third of a second to import: a local run does not pay for it.
         from leyline.s3 import S3Store
 
-        return S3Store(match["bucket"], match["prefix"] or "", endpoint=endpoint, region=region, ca_bundle=ca_bundle)
+        return S3Store(
+            match["bucket"],
+            match["prefix"] or "",
+            endpoint=endpoint,
+            region=region,
+            ca_bundle=ca_bundle,
+            credentials=credentials,
+        )
     return LocalStore(uri)
 
 

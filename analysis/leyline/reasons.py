@@ -71,6 +71,7 @@ class Reason(StrEnum):
     INVALID_INPUT = "InvalidInput"
     UNTRUSTED = "Untrusted"
     STORE_REVERTED = "StoreReverted"
+    RUN_NOT_ALLOWED = "RunNotAllowed"
 
 
 OUTCOME_OF: dict[Reason, Outcome] = {
@@ -126,7 +127,7 @@ OUTCOME_OF: dict[Reason, Outcome] = {
         ),
         Outcome.ROLLED_BACK,
     ),
-    **dict.fromkeys((Reason.INVALID_INPUT, Reason.UNTRUSTED, Reason.STORE_REVERTED), Outcome.FAILED),
+    **dict.fromkeys((Reason.INVALID_INPUT, Reason.UNTRUSTED, Reason.STORE_REVERTED, Reason.RUN_NOT_ALLOWED), Outcome.FAILED),
 }
 
 REMEDY: dict[Reason, str] = {
@@ -171,6 +172,7 @@ REMEDY: dict[Reason, str] = {
     Reason.PROBATION: "Nothing to do: the trainer restarts from the pair before the masks that made it worse.",
     Reason.INVALID_INPUT: "Nothing of it was used; the next valid checkpoint starts a new cycle.",
     Reason.UNTRUSTED: "Sign with a trusted key, or add the publisher's key to the trust folder.",
+    Reason.RUN_NOT_ALLOWED: "Ask whoever installed the operator to add the run's prefix to allowedRunPrefixes.",
     Reason.STORE_REVERTED: "Stop, and restore the log: it is shorter or other than what was seen before.",
 }
 

@@ -89,6 +89,10 @@ class Admit(Value):
     accuracy_drop: float
     """The gate: a published pair with a report is good within it."""
     runtime: str
+    operator_class: str = ""
+    """Of the operator that admitted it, where several work on one store."""
+    resource: str = ""
+    """`namespace/name` of its PruningCycle in a cluster; "" on one machine."""
     images: dict[str, str] = {}
     protocol: int = PROTOCOL
     guidance: dict[str, Any] = {}

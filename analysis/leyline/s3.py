@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from copy import copy
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
@@ -85,8 +86,17 @@ class _Conflict(Unreachable):
     """409: another operation on the same key was going on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """A key of one user of the store."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+
 class S3Store:
-    """One run under `s3://bucket/prefix`. Credentials come from boto3's usual chain.
+    """One run under `s3://bucket/prefix`. Credentials come from boto3's usual chain, unless they are given.
 
     `deadline` is how many seconds an operation is retried, with backoff, before it ends in Unreachable.
     """
@@ -99,6 +109,7 @@ class S3Store:
         endpoint: str | None = None,
         region: str | None = None,
         ca_bundle: str | None = None,
+        credentials: Credentials | None = None,
         deadline: float = 30.0,
     ) -> None:
         self._bucket = bucket
@@ -108,6 +119,7 @@ class S3Store:
             endpoint=endpoint,
             region=region,
             ca_bundle=ca_bundle,
+            credentials=credentials,
             deadline=deadline,
             environment=tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))),
         )
@@ -406,6 +418,7 @@ def _client(
     endpoint: str | None,
     region: str | None,
     ca_bundle: str | None,
+    credentials: Credentials | None,
     deadline: float,
     environment: tuple[tuple[str, str], ...],
 ) -> S3Client:
@@ -418,7 +431,12 @@ def _client(
     if ca_bundle and not Path(ca_bundle).exists():
         raise StoreError(f"{ca_bundle} does not exist; the CA bundle must be a PEM file")
     endpoint = endpoint or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
-    session = boto3.session.Session()
+    given = credentials
+    session = boto3.session.Session(
+        aws_access_key_id=given.access_key if given else None,
+        aws_secret_access_key=given.secret_key if given else None,
+        aws_session_token=given.session_token if given else None,
+    )
     config = Config(
         connect_timeout=min(5.0, deadline),
         read_timeout=min(60.0, max(deadline, 1.0)),

@@ -130,6 +130,18 @@ class Topology(Value):
         return tuple(sorted(found, key=lambda d: (d != HOST, d)))
 
 
+def coverage(topology: Topology) -> float:
+    """Share of all weights that lie in parameters which structured pruning can reach, between 0 and 1.
+
+    A parameter counts whole, and once, if it is a member of any group or goes with a layer (`upstream`).
+    """
+    known = {member.parameter for group in topology.groups for member in group.members}
+    known.update(name for group in topology.groups for name in group.upstream)
+    total = sum(parameter.size for parameter in topology.parameters.values())
+    reached = sum(parameter.size for name, parameter in topology.parameters.items() if name in known)
+    return reached / total if total else 0.0
+
+
 def member_fits(member: Member, units: int, shape: tuple[int, ...]) -> bool:
     """Whether the member's indices lie inside a parameter of this shape."""
     if member.groups > 1:

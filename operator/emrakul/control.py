@@ -70,6 +70,16 @@ class Scale:
     """A person's number."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One look at a cycle."""
+
+    snapshot: Snapshot
+    plan: Plan
+    now: datetime
+    """The store's clock."""
+
+
 class Controller:
     """One cycle, driven from wherever it stands to its end."""
 
@@ -95,18 +105,35 @@ class Controller:
         self._observer = Observer(store, log, self.cycle, trust=trust)
         self._runtime = runtime(f"{store.uri}/cycles/{self.cycle}")
 
+    @property
+    def ask(self) -> Ask:
+        """What is asked; once it is admitted, what was frozen then."""
+        return self._ask
+
     def step(self) -> tuple[Snapshot, Plan]:
         """One look, and everything that it asks for. The plan says whether there is more to do, and when."""
+        seen = self.look()
+        self.act(seen)
+        return seen.snapshot, seen.plan
+
+    def look(self, ask: Ask | None = None) -> Seen:
+        """What is, and what is next; nothing is changed. `ask`: what is asked now, which may change until admission."""
+        if ask is not None:
+            self._ask = ask
         snapshot, now = self._observer.look(self._ask, jobs=self._runtime.jobs())
         if snapshot.admitted is not None:
-            ask = frozen(self._ask, snapshot.admitted.body)
-            if ask != self._ask:  # somebody admitted it before: their settings count
-                self._ask = ask
-                snapshot = replace(snapshot, ask=ask)
-        todo = next_actions(snapshot, now)
-        for action in todo.actions:
+            settled = frozen(self._ask, snapshot.admitted.body)
+            if settled != self._ask:  # somebody admitted it before: their settings count
+                self._ask = settled
+                snapshot = replace(snapshot, ask=settled)
+        return Seen(snapshot=snapshot, plan=next_actions(snapshot, now), now=now)
+
+    def act(self, seen: Seen) -> None:
+        """Everything that a look asked for; what has become of it, the next look says."""
+        snapshot = seen.snapshot
+        for action in seen.plan.actions:
             try:
-                self._do(action, snapshot, now)
+                self._do(action, snapshot, seen.now)
             except NotAllowed:
                 if self._log.tail().record.n == snapshot.state.n:
                     raise  # nothing moved: looking again would give the same plan for ever
@@ -117,7 +144,10 @@ class Controller:
                 # what this driver cannot read no other will: left live, the cycle would stand in the way of all others
                 self._append(ending.outcome(snapshot, Finding(Reason.INVALID_INPUT, str(error))), snapshot)
                 break
-        return snapshot, todo
+
+    def give_up(self, seen: Seen, finding: Finding) -> None:
+        """End the cycle for a reason that only the edge knows."""
+        self._append(ending.outcome(seen.snapshot, finding), seen.snapshot)
 
     def run(self, *, watch: Callable[[Snapshot, Plan], None] = lambda _s, _p: None) -> tuple[Snapshot, Plan]:
         """Until the cycle has ended. `watch` sees every look. Workers are stopped however this ends."""
@@ -210,7 +240,7 @@ class Controller:
         assert pair is not None
         constraints = s.ask.settings.constraints
         baseline = s.state.pair(s.state.baseline) if s.state.baseline is not None else None
-        metadata, _, _ = self._observer.checkpoint(pair.checkpoint)
+        metadata = self._observer.checkpoint(pair.checkpoint).metadata
         unmasked = metadata is not None and metadata.baked is None
         candidate = self._observer.digest(layout.manifest(s.cycle, base))
         request = PruningValidationRequest(
@@ -287,6 +317,7 @@ def frozen(ask: Ask, admitted: object) -> Ask:
         guidance=Guidance.model_validate(admitted.guidance),
         baseline=admitted.baseline,
         forced=admitted.forced,
+        images=admitted.images,
     )
 
 

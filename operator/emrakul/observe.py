@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 
@@ -29,8 +30,18 @@ from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
 from leyline.report import newest_report
 from leyline.store import Damaged, Head, NotFound, ObjectStore
-from leyline.topology import Topology
+from leyline.topology import Topology, coverage
 from leyline.verdict import open_verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What READY and topology say of a checkpoint, or why it cannot be used."""
+
+    metadata: CheckpointMetadata | None = None
+    groups: int = 0
+    coverage: float | None = None
+    unusable: Finding | None = None
 
 
 class Observer:
@@ -60,7 +71,8 @@ class Observer:
         current = tail.state.pair(ask.base)
         if pair is not None and current is not None:
             pair = current
-        ready, groups, unusable = self.checkpoint(pair.checkpoint) if pair else (None, 0, None)
+        base = self.checkpoint(pair.checkpoint) if pair else Checkpoint()
+        unusable = base.unusable
         ancestors = tail.state.ancestors(pair.record) if pair else ()
         steps = [other.step for other in ancestors if other.step < (pair.step if pair else 0)]
         rounds: tuple[Round, ...] = ()
@@ -85,8 +97,9 @@ class Observer:
                 pair=pair,
                 live_quiet_since=self._quiet_since(tail.state),
                 live_settings=self._live_settings(tail.state),
-                ready=ready,
-                groups=groups,
+                ready=base.metadata,
+                groups=base.groups,
+                coverage=base.coverage,
                 input=unusable,
                 rounds=rounds,
                 decision=decision,
@@ -105,8 +118,7 @@ class Observer:
 
     # --- what else the edges need, read the same way ---
 
-    def checkpoint(self, name: str) -> tuple[CheckpointMetadata | None, int, Finding | None]:
-        """READY of a checkpoint, its number of groups, and why it cannot be used, if it cannot."""
+    def checkpoint(self, name: str) -> Checkpoint:
         return self._read(("checkpoint", name))  # type: ignore[return-value]
 
     def topology(self, metadata: CheckpointMetadata) -> Topology:
@@ -174,21 +186,21 @@ class Observer:
                 return open_verdict(self._get(key), self._trust, name=key)
         raise AssertionError(what)
 
-    def _checkpoint(self, name: str) -> tuple[CheckpointMetadata | None, int, Finding | None]:
+    def _checkpoint(self, name: str) -> Checkpoint:
         key = layout.checkpoint(name, layout.READY)
         try:
             metadata = read_ready(self.store, name, trust=self._trust)
             self._unsigned = self._unsigned or not is_signed(self._get(key), name=key)
-            groups = len(self.topology(metadata).groups)
+            topology = self.topology(metadata)
             for stored in metadata.objects:
                 if stored.path == metadata.importance:
                     continue  # without its statistics a checkpoint is whole: who needs them says what is wrong
                 _check_size(self.store, name, stored.path, stored.digest.size)
         except Untrusted as error:
-            return None, 0, Finding(Reason.UNTRUSTED, str(error))
+            return Checkpoint(unusable=Finding(Reason.UNTRUSTED, str(error)))
         except (Malformed, Damaged, NotFound) as error:
-            return None, 0, Finding(Reason.INVALID_INPUT, str(error))
-        return metadata, groups, None
+            return Checkpoint(unusable=Finding(Reason.INVALID_INPUT, str(error)))
+        return Checkpoint(metadata=metadata, groups=len(topology.groups), coverage=coverage(topology))
 
     def _rounds(self, heads: dict[str, Head], now: datetime) -> tuple[Round, ...]:
         rounds: list[Round] = []

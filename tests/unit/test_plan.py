@@ -123,7 +123,19 @@ class TestAnalysis:
         jobs = (make.job(Phase.ANALYSE, 0, created=NOW - make.seconds(601), message="quota exceeded"),)
         found = finding(rounds=(make.round_(answered=0),), jobs=jobs)
         assert found.reason is Reason.NOT_SCHEDULED
-        assert "quota exceeded" in found.message
+        assert found.message == "analyse: no worker started within 600 s: quota exceeded"
+
+    def test_what_a_queue_holds_back_is_not_late(self) -> None:
+        held = make.job(
+            Phase.ANALYSE, 0, created=NOW - make.seconds(86_400), suspended=True, message="suspended by queue gpus"
+        )
+        found = planned(rounds=(make.round_(answered=0),), jobs=(held,))
+        assert (found.actions, found.done) == ((), False)
+        assert found.message.endswith("; suspended by queue gpus")
+
+    def test_why_nothing_has_started_is_told_while_it_is_waited_for(self) -> None:
+        jobs = (make.job(Phase.ANALYSE, 0, message="0/1 nodes are available"),)
+        assert planned(rounds=(make.round_(answered=0),), jobs=jobs).message.endswith("; 0/1 nodes are available")
 
     def test_all_answered_is_done_whatever_became_of_the_workers(self) -> None:
         jobs = (make.job(Phase.ANALYSE, 0, running=False, exits=(1,)),)

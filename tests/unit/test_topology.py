@@ -17,7 +17,7 @@ from kasmina.patterns import HEADS, HeadPattern, LayerPattern
 from kasmina.topology import trace_topology
 from leyline.ids import parameter_uuid
 from leyline.masks import Masks
-from leyline.topology import Group, Kind, Member, Topology
+from leyline.topology import Group, Kind, Member, Parameter, Topology, coverage
 from zoo import (
     Attention,
     Chain,
@@ -640,3 +640,22 @@ def test_an_output_that_is_not_finite_declines_everything() -> None:
     topology = trace(model, DIGIT)
     assert topology.groups == ()
     assert "not finite" in reason(topology, "first")
+
+
+def test_coverage_is_the_share_of_all_weights_that_groups_reach() -> None:
+    found = trace(ResNet(), IMAGE[:, :1])
+    known = {member.parameter for group in found.groups for member in group.members}
+    assert 0.9 < coverage(found) < 1.0
+    assert coverage(found) == sum(found.parameters[name].size for name in known) / 174_970
+    assert coverage(found.model_copy(update={"groups": ()})) == 0.0
+
+
+def test_coverage_counts_a_parameter_once_and_what_goes_with_a_layer() -> None:
+    sizes = {"a": 6, "b": 3, "c": 1}
+    member = Member(parameter="a", role="producer", axis=0)
+    one = Group(id="one", kind=Kind.CHANNEL, units=1, members=(member,), gates=("a",))
+    layer = Group(id="layer", kind=Kind.LAYER, units=1, members=(member,), gates=("a",), upstream=("b",))
+    parameters = {name: Parameter(uuid=name, shape=(size,)) for name, size in sizes.items()}
+    two = one.model_copy(update={"id": "two"})
+    assert coverage(Topology(model_id="zoo", parameters=parameters, groups=(one, two))) == 0.6
+    assert coverage(Topology(model_id="zoo", parameters=parameters, groups=(one, layer))) == 0.9

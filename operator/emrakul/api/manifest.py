@@ -83,9 +83,9 @@ def _read(text: str, name: str) -> tuple[list[PruningCycle], list[PruningPolicy]
         if not isinstance(document, dict):
             raise Invalid(f"{where} is {type(document).__name__} in YAML; a resource is a mapping of keys to values")
         if _kind(document, where) == "PruningCycle":
-            cycles.append(_resource(PruningCycle, document, where))
+            cycles.append(parse_resource(PruningCycle, document, where))
         else:
-            policies.append(_resource(PruningPolicy, document, where))
+            policies.append(parse_resource(PruningPolicy, document, where))
     return cycles, policies
 
 
@@ -102,7 +102,8 @@ def _kind(document: dict[str, Any], where: str) -> str:
     return str(kind)
 
 
-def _resource(model: type[Resource], document: dict[str, Any], where: str) -> Resource:
+def parse_resource(model: type[Resource], document: dict[str, Any], where: str) -> Resource:
+    """One resource without its status; Invalid says what is wrong and what to write."""
     # status is the operator's: what a person pastes there from `kubectl get` is not read
     content = {key: value for key, value in document.items() if key != "status"}
     refuse_floats(content.get("spec"), f"{where}: spec")

@@ -14,14 +14,17 @@ GROUP = "emrakul.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 
+CHECKPOINT = r"\d{1,12}-\d{1,9}-[0-9a-f]{8}"
 _LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 
 Label = Annotated[str, Field(pattern=_LABEL, max_length=63)]
 Text = Annotated[str, Field(max_length=256)]
 Message = Annotated[str, Field(max_length=4096)]
-Uri = Annotated[str, Field(max_length=1024)]
+Uri = Annotated[str, Field(max_length=2048)]
 RunUri = Annotated[str, Field(pattern=r"^(s3://[a-z0-9]|file:///|\.?/)", max_length=1024)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Url = Annotated[str, Field(pattern=r"^https?://", max_length=1024)]
+CheckpointName = Annotated[str, Field(pattern=rf"^{CHECKPOINT}$", max_length=31)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Counts = Annotated[dict[Label, Count], Field(max_length=8)]
 
@@ -68,8 +71,9 @@ class Metadata(Model):
 
 
 class ConditionType(StrEnum):
-    """In the order in which a cycle reaches them."""
+    """In the order in which a cycle reaches them; Ready is a policy's."""
 
+    READY = "Ready"
     ADMITTED = "Admitted"
     ANALYZED = "Analyzed"
     VALIDATED = "Validated"
@@ -85,10 +89,15 @@ class Condition(Model):
     """One condition, with Kubernetes' own fields."""
 
     type: ConditionType
+    """What is asked."""
     status: ConditionStatus
+    """The answer."""
     reason: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$", max_length=64)]
+    """Why, in one word."""
     message: Message = ""
+    """Why, in a sentence."""
     observed_generation: Count = 0
+    """Generation of the spec that it speaks of."""
     last_transition_time: Annotated[str, Field(max_length=32)]
     """RFC 3339 in UTC: when `status` became what it is."""
 

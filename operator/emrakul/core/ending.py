@@ -28,6 +28,8 @@ def admit(cycle: str, ask: Ask, *, stage: Stage, checkpoint: str) -> Draft:
             settings_digest=settings.sha256(),
             accuracy_drop=float(settings.constraints.accuracy_drop_threshold),
             runtime=ask.runtime,
+            operator_class=ask.operator_class,
+            resource=ask.resource,
             images=dict(ask.images),
             guidance=ask.guidance.model_dump(mode="json"),
             baseline=ask.baseline,

@@ -22,6 +22,10 @@ FOLLOWING: dict[str, Method] = {"histogram": "refine", "refine": "select"}
 """Basic pruning's rounds, one after the other."""
 GRACE = timedelta(seconds=60)
 """On top of every limit before somebody else's cycle is called abandoned."""
+TICK = timedelta(milliseconds=100)
+"""Behind a limit, so that the look there finds it passed."""
+IDLE = timedelta(hours=1)
+"""Nothing of the cycle's own will change: only an event matters."""
 
 
 # --- actions: what the edges are asked to do --------------------------------------------------------------------------
@@ -149,6 +153,14 @@ def _ended(s: Snapshot, _now: datetime) -> Plan | None:
     return Plan(state=outcome, actions=left, message=s.end.message)
 
 
+def _withdrawn(s: Snapshot, _now: datetime) -> Plan | None:
+    """A cycle that has not begun and that nobody wants any more."""
+    if s.admitted is not None or s.ask.withdrawn is None:
+        return None
+    finding = s.ask.withdrawn
+    return Plan(state=finding.outcome.value, message=finding.sentence, refused=finding)
+
+
 def _another_is_live(s: Snapshot, now: datetime) -> Plan | None:
     """One live cycle a run: wait for it, or end it once nobody drives it any more."""
     live = s.state.live
@@ -158,15 +170,23 @@ def _another_is_live(s: Snapshot, now: datetime) -> Plan | None:
     its = s.live_settings or s.ask.settings
     longest = max(its.checkpoint_analysis_timeout, its.validation_timeout)
     limit = timedelta(seconds=its.startup_timeout + longest) + GRACE
-    if quiet > limit:
+    # an operator drives what it admitted, however long a queue holds it back, and sees what was deleted by itself
+    its_own = bool(s.ask.resource) and live.runtime == s.ask.runtime
+    if quiet > limit and not its_own:
         why = f"cycle {live.id} has not moved for {quiet.total_seconds():.0f} s; no process drives it any more"
         return Plan(state="Waiting", actions=(Abandon(live.id, Finding(Reason.ABANDONED, why)),))
     return Plan(
         state="Waiting",
-        wait=timedelta(seconds=2),
-        message=f"cycle {live.id} is live (runtime {live.runtime}, quiet for {quiet.total_seconds():.0f} s); "
-        f"this one starts after it",
+        wait=IDLE if its_own else limit - quiet + TICK,
+        message=f"cycle {live.id} is live (runtime {live.runtime}); this one starts after it",
     )
+
+
+def _suspended_before(s: Snapshot, _now: datetime) -> Plan | None:
+    """Not even admitted: a live cycle would stand in the way of all others of its run."""
+    if s.admitted is not None or not s.ask.suspend:
+        return None
+    return Plan(state="Suspended", wait=IDLE, message="suspend is true; the cycle begins once it is false")
 
 
 def _unfit_base(s: Snapshot, _now: datetime) -> Plan | None:
@@ -206,7 +226,7 @@ def _suspended(s: Snapshot, _now: datetime) -> Plan | None:
     if not s.ask.suspend:
         return None
     stops = tuple(Stop(job.phase) for job in s.jobs if job.running)
-    return Plan(state="Suspended", actions=stops, wait=None if stops else timedelta(seconds=60))
+    return Plan(state="Suspended", actions=stops, wait=None if stops else IDLE, message="suspended by its spec")
 
 
 def _not_admissible(s: Snapshot, _now: datetime) -> Plan | None:
@@ -302,6 +322,8 @@ def _conclude(s: Snapshot, _now: datetime) -> Plan:
 
 STEPS: tuple[Step, ...] = (
     _ended,  # nothing left but to stop workers
+    _withdrawn,  # waited, and was overtaken
+    _suspended_before,  # a person said wait, before it began
     _another_is_live,  # one live cycle a run
     _unfit_base,  # nothing to work on: not even admitted
     _not_admitted,  # freeze base, settings, images
@@ -338,10 +360,17 @@ def _work(s: Snapshot, now: datetime, phase: Phase, step: int, limit: timedelta,
         return _end(_over_time(phase, limit, message))
     if not job.running:
         return _end(_ended_badly(phase, job, message))
-    if mark is None and now - job.created > timedelta(seconds=s.ask.settings.startup_timeout):
-        why = job.message or "no worker started"
-        return _end(Finding(Reason.NOT_SCHEDULED, f"{phase.value}: {why} within {s.ask.settings.startup_timeout} s"))
-    return Plan(state=state, wait=timedelta(seconds=1), message=message)
+    startup = s.ask.settings.startup_timeout
+    if mark is None and not job.suspended and now - job.created > timedelta(seconds=startup):
+        why = f"{phase.value}: no worker started within {startup} s"
+        return _end(Finding(Reason.NOT_SCHEDULED, f"{why}: {job.message}" if job.message else why))
+    if job.message and (mark is None or job.suspended):
+        message += f"; {job.message}"
+    # a mark that is written right now is the earliest that the phase's own limit can run from
+    ends = [mark + limit if mark is not None else now + limit]
+    if mark is None and not job.suspended:
+        ends.append(job.created + timedelta(seconds=startup))
+    return Plan(state=state, wait=min(ends) - now + TICK, message=message)
 
 
 def _over_time(phase: Phase, limit: timedelta, message: str) -> Finding:

@@ -30,6 +30,9 @@ class Ask:
     base: int
     settings: Settings
     runtime: str
+    operator_class: str = ""
+    resource: str = ""
+    """`namespace/name` of the PruningCycle, in a cluster."""
     images: Mapping[str, str] = field(default_factory=dict)
     guidance: Guidance = field(default_factory=Guidance)
     """Tamiyo's; it can only hold back."""
@@ -38,6 +41,8 @@ class Ask:
     forced: str | None = None
     """SHA-256 of a decision that a person forces."""
     suspend: bool = False
+    withdrawn: Finding | None = None
+    """Why it shall not begin any more, if it has not: a newer one of its policy, or no policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,10 @@ class Job:
     step: int
     """The round (analyse) or the base (apply, validate) that it works on."""
     created: datetime
+    """Since when its workers may start: its launch, or when a queue last let it go."""
     running: bool
+    suspended: bool = False
+    """A queue holds it back; no time counts."""
     exits: tuple[int, ...] = ()
     """Exit codes of workers that ended for good without success."""
     out_of_memory: str = ""
@@ -120,6 +128,8 @@ class Snapshot:
     ready: CheckpointMetadata | None = None
     groups: int = 0
     """Groups in the checkpoint's topology."""
+    coverage: float | None = None
+    """Share of all weights in parameters that structured pruning can reach."""
     input: Finding | None = None
     """Why the checkpoint cannot be used at all."""
     rounds: tuple[Round, ...] = ()

@@ -5,8 +5,11 @@ from __future__ import annotations
 from emrakul.core.snapshot import Phase
 
 
-def command(phase: Phase, *, cycle_uri: str, step: int, launch: int, worker: int, of: int) -> tuple[str, ...]:
-    """Arguments after the interpreter for one worker; `step` is the round (analyse) or the base."""
+def command(phase: Phase, *, cycle_uri: str, step: int, launch: int, worker: int | str, of: int) -> tuple[str, ...]:
+    """Arguments after the interpreter for one worker; `step` is the round (analyse) or the base.
+
+    `worker` is its number, or the text that becomes its number where it runs.
+    """
     common = ("--cycle", cycle_uri, "--launch", str(launch))
     share = ("--worker", str(worker), "--of", str(of))
     match phase:

@@ -1,0 +1,140 @@
+"""From a run's URI and what a resource says of its store to the opened run: Secrets, tenants, keys."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import tempfile
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from emrakul.api.policy import StoreSpec
+from emrakul.cluster.config import OperatorConfig
+from emrakul.cluster.kube import SECRETS, Body, Kube
+from leyline.envelope import SigningKey, Trust, signing_keys_from_environment, trust_from_environment
+from leyline.log import Log
+from leyline.open import open_store, probe
+from leyline.s3 import Credentials
+from leyline.store import ObjectStore
+
+KEPT = 2_000
+"""Opened runs that are kept: each holds its newest record and state."""
+SECRET_SECONDS = 60.0
+"""How old a Secret may be: a rotated key is used after this long."""
+
+
+class NotReady(Exception):
+    """What a resource names is not there (yet): a Secret, a key in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How one namespace reaches one run."""
+
+    namespace: str
+    run: str
+    store: StoreSpec
+
+
+@dataclass(kw_only=True)
+class OpenRun:
+    """An opened run. A log is for one thread at a time: whoever reads or writes it holds `lock`."""
+
+    access: Access
+    store: ObjectStore
+    log: Log
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """What a store is reached with; another key or CA is another connection."""
+
+    credentials: Credentials | None
+    ca_bundle: str | None
+
+
+class Runs:
+    """Opens runs and keeps them open."""
+
+    def __init__(self, kube: Kube, config: OperatorConfig) -> None:
+        self._kube = kube
+        self._config = config
+        self._open: OrderedDict[tuple[Access, _Reached], OpenRun] = OrderedDict()
+        self._secrets: dict[tuple[str, str], tuple[float, Body]] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="emrakul-ca-")
+        self.trust: Trust | None = trust_from_environment()
+        self.keys: tuple[SigningKey, ...] = signing_keys_from_environment()
+
+    async def open(self, access: Access, *, seen: tuple[int, str] | None = None) -> OpenRun:
+        """The run, its newest record read. `seen` is a record known from before (a status).
+
+        NotReady if a Secret is missing; NoRun, StoreReverted, Refused, Unreachable, Unsuitable as the store says.
+        """
+        reached = await self._reach(access)
+        key = (access, reached)
+        if (found := self._open.get(key)) is not None:
+            self._open.move_to_end(key)
+            return found
+        made = await asyncio.to_thread(self._make, access, reached, seen)
+        kept = self._open.setdefault(key, made)
+        while len(self._open) > KEPT:
+            self._open.popitem(last=False)
+        return kept
+
+    def _make(self, access: Access, reached: _Reached, seen: tuple[int, str] | None) -> OpenRun:
+        store = open_store(
+            access.run,
+            endpoint=access.store.endpoint,
+            region=access.store.region,
+            ca_bundle=reached.ca_bundle,
+            credentials=reached.credentials,
+        )
+        log = Log(store, keys=self.keys, trust=self.trust, seen=seen)
+        log.tail()
+        probe(store)
+        return OpenRun(access=access, store=store, log=log)
+
+    async def _reach(self, access: Access) -> _Reached:
+        spec = access.store
+        credentials = None
+        if spec.credentials_secret_ref is not None:
+            name = spec.credentials_secret_ref.name
+            data = await self._secret(access.namespace, name)
+            credentials = Credentials(
+                access_key=_value(data, "AWS_ACCESS_KEY_ID", access.namespace, name),
+                secret_key=_value(data, "AWS_SECRET_ACCESS_KEY", access.namespace, name),
+                session_token=_value(data, "AWS_SESSION_TOKEN", access.namespace, name)
+                if "AWS_SESSION_TOKEN" in data
+                else None,
+            )
+        ca_bundle = None
+        if spec.ca_bundle_ref is not None:
+            data = await self._secret(access.namespace, spec.ca_bundle_ref.name)
+            ca_bundle = self._file(_value(data, spec.ca_bundle_ref.key, access.namespace, spec.ca_bundle_ref.name))
+        return _Reached(credentials, ca_bundle)
+
+    async def _secret(self, namespace: str, name: str) -> dict[str, str]:
+        now = time.monotonic()
+        age, body = self._secrets.get((namespace, name), (0.0, None))
+        if body is None or now - age > SECRET_SECONDS:
+            body = await self._kube.get(SECRETS, namespace, name)
+            if body is None:
+                raise NotReady(f"Secret {namespace}/{name} does not exist; create it with the store's credentials")
+            self._secrets[namespace, name] = (now, body)
+        return dict(body.get("data") or {})
+
+    def _file(self, pem: str) -> str:
+        path = Path(self._folder.name) / f"{hashlib.sha256(pem.encode()).hexdigest()[:16]}.pem"
+        if not path.exists():
+            path.write_text(pem)
+        return str(path)
+
+
+def _value(data: dict[str, str], key: str, namespace: str, name: str) -> str:
+    if key not in data:
+        raise NotReady(f"Secret {namespace}/{name} has no key {key}; it has {', '.join(sorted(data)) or 'none'}")
+    return base64.b64decode(data[key]).decode()

@@ -1,0 +1,164 @@
+"""Puts the operator together and runs it until it is told to stop, or until a part of it ends: then all of it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from typing import Any
+
+import kopf
+
+from emrakul.api import labels
+from emrakul.cluster import handlers
+from emrakul.cluster.access import NotReady, Runs
+from emrakul.cluster.config import OperatorConfig
+from emrakul.cluster.cycle import CycleReconciler
+from emrakul.cluster.freshness import Freshness
+from emrakul.cluster.health import Health, HealthServer
+from emrakul.cluster.kube import CYCLES, JOBS, POLICIES, Forbidden, Kind, Kube, KubeError, Unavailable
+from emrakul.cluster.metrics import Metrics
+from emrakul.cluster.orphans import Orphans
+from emrakul.cluster.policy import PolicyReconciler
+from emrakul.cluster.services import CYCLE, POLICY, Services
+from emrakul.cluster.sink import Sinks
+from emrakul.cluster.supervisor import WORKERS, Key, Supervisor
+from leyline.store import StoreError
+
+log = logging.getLogger("emrakul")
+
+LISTING_SECONDS = 60.0
+WATCHED: tuple[tuple[Kind, str], ...] = (
+    (CYCLES, ""),
+    (POLICIES, ""),
+    (JOBS, f"{labels.MANAGED_BY}={labels.EMRAKUL}"),
+)
+
+
+_METRIC = {CYCLE: "cycle", POLICY: "policy"}
+
+
+class Ended(Exception):
+    """Why the operator cannot go on; whoever started it starts it again."""
+
+
+async def operate(config: OperatorConfig) -> None:
+    """Run until SIGTERM. Ended says what did not hold."""
+    # a reconciler waits in a thread for its store; the default would be six of them on two cores
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2 * WORKERS, thread_name_prefix="emrakul"))
+    metrics = Metrics()
+    health = Health(metrics, operator_class=config.operator_class)
+    kube = await Kube.connect(asked=metrics.api_request)
+    freshness = Freshness()
+    server = HealthServer(health, port=config.health_port)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(kube.close)
+        port = await server.start()
+        stack.push_async_callback(server.stop)
+        sinks = await stack.enter_async_context(Sinks(metrics))
+        log.info("health and metrics are served on port %d", port)
+        supervisor = Supervisor(lambda key: reconcile(key), expected=(KubeError, StoreError, NotReady))
+        services = Services(
+            kube=kube,
+            config=config,
+            runs=Runs(kube, config),
+            metrics=metrics,
+            health=health,
+            sinks=sinks,
+            wake=supervisor.wake,
+        )
+        orphans = Orphans(services)
+        cycles = CycleReconciler(services, orphans)
+        policies = PolicyReconciler(services, orphans, cycles)
+
+        async def reconcile(key: Key) -> float | None:
+            began = time.monotonic()
+            try:
+                return await (cycles.reconcile(key) if key.kind == CYCLE else policies.reconcile(key))
+            finally:
+                metrics.reconciled(_METRIC[key.kind], time.monotonic() - began)
+
+        def wake(key: Key) -> None:
+            health.heard()
+            supervisor.wake(key)
+
+        await _list(kube, config, freshness, wake=supervisor.wake)
+        health.listed()
+        running = asyncio.create_task(supervisor.run(), name="supervisor")
+        health.supervisor = running
+        nobody: Any = "emrakul"  # left out, kopf asks for the user's name, and a pod's user has none
+        watch = kopf.operator(
+            identity=nobody,
+            registry=handlers.registry(wake, freshness, config.namespaces),
+            settings=handlers.settings(),
+            standalone=True,
+            clusterwide=not config.namespaces,
+            namespaces=config.namespaces,
+        )
+        await _first(
+            {
+                "watch": asyncio.create_task(watch, name="watch"),
+                "supervisor": running,
+                "listing": asyncio.create_task(_listen(kube, config, freshness, health), name="listing"),
+            }
+        )
+
+
+async def _first(tasks: dict[str, asyncio.Task[None]]) -> None:
+    """Until the watch was told to stop; what else ends first was not meant to."""
+    try:
+        await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        for name, task in tasks.items():
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise Ended(f"the {name} ended: {error or type(error).__name__}") from error
+            if task.done() and name != "watch":
+                raise Ended(f"the {name} ended, which it never should")
+    finally:
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+async def _listen(kube: Kube, config: OperatorConfig, freshness: Freshness, health: Health) -> None:
+    """Each minute: does the watch tell what a listing shows? Ends with the sentence of why it does not."""
+    while True:
+        await asyncio.sleep(LISTING_SECONDS)
+        try:
+            await _list(kube, config, freshness)
+        except (Unavailable, Forbidden) as error:  # an API server that restarts is not a watch that is deaf
+            log.info("%s", error)
+        except Ended as error:
+            health.deaf = str(error)
+            raise
+
+
+async def _list(kube: Kube, config: OperatorConfig, freshness: Freshness, *, wake: Any = None) -> None:
+    """All that is watched, live. Ended if it is not what the watch has told."""
+    for kind, selector in WATCHED:
+        for namespace in config.namespaces or (None,):
+            try:
+                found = await kube.list(kind, namespace, labels=selector, metadata=True)
+            except KubeError as error:
+                if wake is None:
+                    raise
+                raise Ended(
+                    f"{kind.plural} cannot be listed ({error}); are the CRDs installed (crds.enabled in the "
+                    "chart), and may this service account list them?"
+                ) from error
+            versions = {one["metadata"]["uid"]: one["metadata"]["resourceVersion"] for one in found.items}
+            watched = handlers.watch_name(kind.plural, namespace)
+            if deaf := freshness.listed(watched, found.version, versions, time.monotonic()):
+                raise Ended(deaf)
+            if wake is not None:
+                for one in found.items:
+                    for key in handlers.keys(kind.plural, one):
+                        wake(key)
+
+
+def run(config: OperatorConfig) -> None:
+    """Until SIGTERM; Ended or KubeError say why it could not go on."""
+    operation: Coroutine[Any, Any, None] = operate(config)
+    asyncio.run(operation)

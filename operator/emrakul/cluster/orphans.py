@@ -1,0 +1,90 @@
+"""A live cycle whose resource is gone: somebody deleted it, so it ends; nobody makes it again."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from emrakul.cluster.access import OpenRun
+from emrakul.cluster.kube import CYCLES
+from emrakul.cluster.services import Services
+from emrakul.control import Controller
+from emrakul.core import ending
+from emrakul.core.snapshot import Job, Phase
+from emrakul.finding import Finding
+from emrakul.runtime.kubernetes import KubernetesRuntime
+from emrakul.watch import admitted_ask
+from leyline.fold import RunState
+from leyline.reasons import Reason
+from leyline.records import Admit, Record
+
+APART_SECONDS = 60.0
+"""Between two looks that both find nothing: one alone may have read an old copy."""
+
+
+@dataclass
+class Orphans:
+    """Remembers when a resource was first found absent; everything else is read each time."""
+
+    services: Services
+    _absent: dict[str, float] = field(default_factory=dict)
+
+    async def check(self, run: OpenRun) -> float | None:
+        """End the run's live cycle if its resource is gone. Seconds until the second look, if one is needed."""
+        admitted = await asyncio.to_thread(_admitted, run)
+        if admitted is None or not self._is_ours(admitted):
+            return None
+        assert isinstance(admitted.body, Admit)
+        resource = admitted.body.resource
+        namespace, name, uid = resource.split("/")
+        body = await self.services.kube.get(CYCLES, namespace, name)
+        if body is not None and body["metadata"]["uid"] == uid:
+            self._absent.pop(resource, None)
+            return None
+        now = self.services.loop.time()
+        left = self._absent.setdefault(resource, now) + APART_SECONDS - now
+        if left > 0:
+            return left
+        self._absent.pop(resource)
+        await asyncio.to_thread(self._end, run, admitted)
+        return None
+
+    def _is_ours(self, admitted: Record) -> bool:
+        body = admitted.body
+        return (
+            isinstance(body, Admit)
+            and body.runtime == KubernetesRuntime.name
+            and body.operator_class == self.services.config.operator_class
+            and body.resource.count("/") == 2
+        )
+
+    def _end(self, run: OpenRun, admitted: Record) -> None:
+        state = run.log.tail().state
+        if state.live is not None and state.live.id == admitted.id:
+            finding = Finding(Reason.DELETED, "its PruningCycle was deleted before it had ended")
+            run.log.append(ending.abandoned(state, finding), base=admitted.n)
+        # the end's results are told like any other's
+        ask = admitted_ask(admitted, KubernetesRuntime.name)
+        Controller(
+            run.store, run.log, ask, lambda _: _NoJobs(), trust=self.services.runs.trust, cycle=admitted.id
+        ).step()
+
+
+class _NoJobs:
+    """The owner is gone, and the cluster collects its Jobs."""
+
+    name = KubernetesRuntime.name
+
+    def start(self, phase: Phase, **_: object) -> None:
+        raise AssertionError(f"{phase} is never started for a cycle that has ended")
+
+    def jobs(self) -> tuple[Job, ...]:
+        return ()
+
+    def stop(self, phase: Phase | None = None) -> None:
+        pass
+
+
+def _admitted(run: OpenRun) -> Record | None:
+    state: RunState = run.log.tail().state
+    return run.log.read(state.live.admitted)[0] if state.live is not None else None

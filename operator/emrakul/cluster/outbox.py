@@ -1,0 +1,37 @@
+"""Outcomes on their way to a sink: offered until a mark in the run says that the sink has taken them."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from emrakul.cluster.access import OpenRun
+from emrakul.cluster.sink import Event, Sinks, event_of
+from leyline import layout
+from leyline.messages import AnalysisResults
+from leyline.store import Exists, NotFound
+
+
+async def offer(sinks: Sinks, url: str, run: OpenRun, cycle: str) -> None:
+    """The results of an ended cycle, unless the run has the mark that they were sent."""
+    if await asyncio.to_thread(_sent, run, cycle):
+        return
+
+    def make() -> Event:
+        key = layout.results(cycle)
+        results = AnalysisResults.parse(run.store.get(key), name=key)
+        return event_of(results, run=run.store.uri, at=run.store.head(key).modified)
+
+    def delivered() -> None:
+        with suppress(Exists):
+            run.store.put_if_absent(layout.sent(cycle), b"sent")
+
+    sinks.offer(f"{run.store.uri}/{cycle}", url, make, delivered)
+
+
+def _sent(run: OpenRun, cycle: str) -> bool:
+    try:
+        run.store.head(layout.sent(cycle))
+    except NotFound:
+        return False
+    return True

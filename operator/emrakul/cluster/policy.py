@@ -1,0 +1,289 @@
+"""Brings one PruningPolicy's run on: its rollbacks, its hold, recovery after them, and the next cycle's resource."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from emrakul.api import labels
+from emrakul.api.cycle import CycleStatus
+from emrakul.api.manifest import parse_resource
+from emrakul.api.policy import PolicySpec, PolicyStatus, PruningPolicy, RolledBackStatus, Seen, TipStatus
+from emrakul.api.resource import API_VERSION, Condition, ConditionStatus, ConditionType, set_condition
+from emrakul.asking import ask_for
+from emrakul.cluster import retention
+from emrakul.cluster.access import Access, NotReady, OpenRun
+from emrakul.cluster.cycle import CycleReconciler, frozen_of
+from emrakul.cluster.kube import CYCLES, POLICIES, AlreadyExists, Body
+from emrakul.cluster.orphans import Orphans
+from emrakul.cluster.recheck import Recheck
+from emrakul.cluster.services import CYCLE, POLICY, Services
+from emrakul.cluster.supervisor import RESYNC_SECONDS, Key
+from emrakul.control import name_of
+from emrakul.invalid import Invalid
+from emrakul.runtime.kubernetes import KubernetesRuntime
+from emrakul.watch import Due, Follower, due
+from leyline.fold import RunState
+from leyline.log import NoRun, StoreReverted
+from leyline.reasons import REMEDY, Reason
+from leyline.report import newest_report
+from leyline.store import StoreError
+
+log = logging.getLogger("emrakul")
+
+POLL_SECONDS = 5.0
+"""Between two looks at a run's log; more where there are more than a hundred policies."""
+STEPS = 20
+"""Things of one policy done in one reconcile."""
+
+
+@dataclass
+class _Followed:
+    """What is kept of a policy between two reconciles: readings, no decisions."""
+
+    follower: Follower
+    run: OpenRun
+    tidied: float = float("-inf")
+    told: int = -1
+    """The newest report's step whose figures were counted."""
+
+
+@dataclass
+class PolicyReconciler:
+    """All policies of this operator."""
+
+    services: Services
+    orphans: Orphans
+    cycles: CycleReconciler
+    _followed: dict[Key, _Followed] = field(default_factory=dict)
+
+    async def reconcile(self, key: Key) -> float | None:
+        """One resource: seconds until it is looked at again, or None if it is nobody's."""
+        body = await self.services.kube.get(POLICIES, key.namespace, key.name)
+        if body is None or not self.services.ours(body):
+            self._forget(key)
+            return None
+        before = _status(body)
+        try:
+            policy = parse_resource(PruningPolicy, body, f"PruningPolicy {key.name}")
+        except Invalid as error:
+            await self._unready(key, body, before, "Invalid", str(error))
+            return None
+        if not self.services.config.allows(key.namespace, policy.spec.run):
+            why = (
+                f"namespace {key.namespace} may not name the run {policy.spec.run}: no prefix of allowedRunPrefixes "
+                f"has it. {REMEDY[Reason.RUN_NOT_ALLOWED]}"
+            )
+            await self._unready(key, body, before, "RunNotAllowed", why)
+            return None
+        try:
+            return await self._follow(key, body, policy, before)
+        except (NoRun, NotReady) as error:
+            await self._unready(key, body, before, "Waiting", str(error))
+            return self._poll()
+        except StoreReverted as error:
+            self.services.metrics.store_error(error)
+            await self._unready(key, body, before, "StoreReverted", str(error))
+            return RESYNC_SECONDS
+        except Invalid as error:  # guidance that would loosen a constraint
+            await self._unready(key, body, before, "Invalid", str(error))
+            return RESYNC_SECONDS
+        except StoreError as error:
+            self.services.health.store_failed(policy.spec.run.rstrip("/"), error)
+            self.services.metrics.store_error(error)
+            await self._unready(key, body, before, "StoreUnreachable", str(error))
+            raise
+
+    async def _follow(self, key: Key, body: Body, policy: PruningPolicy, before: PolicyStatus) -> float:
+        spec = policy.spec
+        frozen = frozen_of(spec, self.services.config.defaults.store)
+        access = Access(namespace=key.namespace, run=spec.run.rstrip("/"), store=frozen.store)
+        seen = (before.seen.record, before.seen.digest) if before.seen else None
+        run = await self.services.runs.open(access, seen=seen)
+        followed = self._follower(key, body, spec, run)
+        follower = followed.follower
+        self.services.attend(run.store.uri, key)
+        async with run.lock:
+            for _ in range(STEPS):
+                state = await asyncio.to_thread(_state, run)
+                done = await asyncio.to_thread(follower.follow, state)
+                if done is None:
+                    break
+                log.info("%s: %s", key, done)
+                self.services.happened(run.store.uri, but=key)
+            next_ = due(state, every=spec.every)
+            left = await self.orphans.check(run) if state.live is not None else None
+            await asyncio.to_thread(self._count_report, followed, state)
+        self.services.health.store_answered(run.store.uri)
+        self.services.metrics.run_state(run.store.uri, state.ladder.stage, state.breaker.state)
+        if next_ is not None:
+            await self._begin(key, body, policy, run, next_)
+        await self._write(key, body, before, _told(before, body, run, state, follower))
+        if self.services.loop.time() - followed.tidied > RESYNC_SECONDS:
+            await self._tidy(key, body, spec)
+            followed.tidied = self.services.loop.time()
+        return min(self._poll(), left) if left else self._poll()
+
+    def _follower(self, key: Key, body: Body, spec: PolicySpec, run: OpenRun) -> _Followed:
+        known = self._followed.get(key)
+        if known is None or known.run is not run:
+            check = Recheck.of(self.services, key, body, spec)
+            follower = Follower(run.store, run.log, spec, trust=self.services.runs.trust, validate=check)
+            known = self._followed[key] = _Followed(follower=follower, run=run)
+        known.follower.policy = spec
+        return known
+
+    def _forget(self, key: Key) -> None:
+        known = self._followed.pop(key, None)
+        self.services.leave(key)
+        if known is not None:
+            self.services.metrics.run_gone(known.run.store.uri)
+
+    def _poll(self) -> float:
+        return min(max(POLL_SECONDS, len(self._followed) / 20), RESYNC_SECONDS)
+
+    # --- cycles ---
+
+    async def _begin(self, key: Key, body: Body, policy: PruningPolicy, run: OpenRun, found: Due) -> None:
+        """Make the resource of the cycle that is due; the same name however often it is made."""
+        uid = body["metadata"]["uid"]
+        selector = f"{labels.POLICY_UID}={uid},{labels.BASE}={found.base}"
+        if (await self.services.kube.list(CYCLES, key.namespace, labels=selector, metadata=True)).items:
+            return  # made before, with other settings perhaps, and not admitted yet
+        async with run.lock:
+            ask = await asyncio.to_thread(
+                lambda: ask_for(found.base, policy.spec, store=run.store, runtime=KubernetesRuntime.name)
+            )
+        spec: Body = {"checkpoint": found.checkpoint, "policyRef": {"name": key.name}}
+        spec["ttlSecondsAfterFinished"] = policy.spec.ttl_seconds_after_finished
+        if policy.spec.operator_class:
+            spec["operatorClass"] = policy.spec.operator_class
+        made = {
+            "apiVersion": API_VERSION,
+            "kind": CYCLE,
+            "metadata": {
+                "name": labels.cycle_name(key.name, name_of(ask)),
+                "namespace": key.namespace,
+                "labels": {
+                    labels.MANAGED_BY: labels.EMRAKUL,
+                    labels.POLICY: key.name,
+                    labels.POLICY_UID: uid,
+                    labels.BASE: str(found.base),
+                },
+            },
+            "spec": spec,
+        }
+        try:
+            await self.services.kube.create(CYCLES, key.namespace, made)
+        except AlreadyExists:  # of an earlier policy of this name: it ends by itself
+            log.debug("%s: cycle %s is there", key, made["metadata"])
+
+    async def _tidy(self, key: Key, body: Body, spec: PolicySpec) -> None:
+        """Resources of ended cycles beyond the limit go, each after its record was read back."""
+        selector = f"{labels.POLICY_UID}={body['metadata']['uid']}"
+        found = await self.services.kube.list(CYCLES, key.namespace, labels=selector)
+        for ended in retention.beyond(found.items, spec.history_limit):
+            meta = ended["metadata"]
+            if await self.cycles.recorded(key.namespace, CycleStatus.model_validate(ended["status"])):
+                await self.services.kube.delete(CYCLES, key.namespace, meta["name"], uid=meta["uid"])
+
+    # --- what is told ---
+
+    def _count_report(self, followed: _Followed, state: RunState) -> None:
+        """What the trainer says that it was held, once for each of its reports."""
+        packet = newest_report(followed.run.store, state.term)
+        if packet is None or packet.step <= followed.told:
+            return
+        if followed.told >= 0:  # at the first look an old report would count again
+            self.services.metrics.trainer(packet.held_seconds, packet.tracking_share)
+        followed.told = packet.step
+
+    async def _unready(self, key: Key, body: Body, before: PolicyStatus, reason: str, message: str) -> None:
+        generation = int(body["metadata"].get("generation", 0))
+        status = before.model_copy(
+            update={
+                "observed_generation": generation,
+                "conditions": _ready(before, "False", reason, message, generation),
+                "message": message[:4096],
+            }
+        )
+        await self._write(key, body, before, status)
+
+    async def _write(self, key: Key, body: Body, before: PolicyStatus, status: PolicyStatus) -> None:
+        if status == before:
+            return
+        meta = {"name": key.name, "namespace": key.namespace, "uid": body["metadata"]["uid"]}
+        applied = {"apiVersion": API_VERSION, "kind": POLICY, "metadata": meta, "status": status.dump()}
+        await self.services.kube.apply_status(POLICIES, key.namespace, applied)
+
+
+# --- parts: pure, but for the log's tail ------------------------------------------------------------------------------
+
+
+def _state(run: OpenRun) -> RunState:
+    return run.log.tail().state
+
+
+def _status(body: Body) -> PolicyStatus:
+    """The status as it stands; one that does not fit is made again from the log."""
+    try:
+        return PolicyStatus.model_validate(body.get("status") or {})
+    except ValidationError:
+        return PolicyStatus()
+
+
+def _told(before: PolicyStatus, body: Body, run: OpenRun, state: RunState, follower: Follower) -> PolicyStatus:
+    generation = int(body["metadata"].get("generation", 0))
+    tail = run.log.tail()
+    tip = state.tip_pair
+    message = follower.impossible or f"record {state.n}: stage {state.ladder.stage.value}"
+    if state.hold:
+        message = f"held at ValidationOnly by rollback {state.hold}; write resumeAfterRollback: {state.hold} to end it"
+    return PolicyStatus(
+        observed_generation=generation,
+        conditions=_ready(before, "True", "Following", f"run {state.run_id} of model {state.model_id}", generation),
+        message=message[:4096],
+        stage=state.ladder.stage,
+        streak=state.ladder.streak,
+        breaker=state.breaker.state,
+        hold=state.hold,
+        live=state.live.id if state.live else None,
+        tip=TipStatus(
+            record=tip.record, checkpoint=tip.checkpoint, step=tip.step, counts=tip.masks.counts if tip.masks else {}
+        )
+        if tip
+        else None,
+        rollback=_rolled_back(follower),
+        recovery=follower.recovery.outcome if follower.recovery else before.recovery,
+        cycles=state.counters,
+        seen=Seen(record=tail.record.n, digest=tail.digest),
+        untrusted=not run.log.signed,
+    )
+
+
+def _rolled_back(follower: Follower) -> RolledBackStatus | None:
+    asked = follower.policy.rollback
+    if asked is None:
+        return None
+    done = follower.asked_rollback()
+    if done is None:
+        return RolledBackStatus(id=asked.id, message=follower.impossible[:4096])
+    return RolledBackStatus(id=asked.id, record=done.n, message=done.message[:4096])
+
+
+def _ready(
+    before: PolicyStatus, status: ConditionStatus, reason: str, message: str, generation: int
+) -> tuple[Condition, ...]:
+    return set_condition(
+        before.conditions,
+        ConditionType.READY,
+        status,
+        reason=reason,
+        message=message,
+        generation=generation,
+        now=datetime.now(UTC),
+    )

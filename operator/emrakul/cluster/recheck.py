@@ -1,0 +1,81 @@
+"""Recovery validation in a cluster: urabrask as a Job of the policy, which loads the pair of one record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from emrakul.api import labels
+from emrakul.api.policy import PolicySpec
+from emrakul.cluster.children import Children
+from emrakul.cluster.config import OperatorConfig
+from emrakul.cluster.cycle import frozen_of
+from emrakul.cluster.services import Services
+from emrakul.cluster.supervisor import Key
+from emrakul.rollback import NoAnswer
+from emrakul.runtime import podends
+from emrakul.runtime.jobs import recheck
+from emrakul.runtime.pods import Owner, Terms
+from leyline import exits
+
+ATTEMPTS = 3
+"""Jobs for one record; one that says nothing of the pair is tried again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recheck:
+    """Validate, for one policy: it is called in a thread and never waits, so a Job that runs is no answer yet."""
+
+    children: Children
+    terms: Terms
+    run: str
+
+    @classmethod
+    def of(cls, services: Services, key: Key, body: dict[str, Any], spec: PolicySpec) -> Recheck:
+        config: OperatorConfig = services.config
+        frozen = frozen_of(spec, config.defaults.store)
+        uid = body["metadata"]["uid"]
+        children = Children(
+            kube=services.kube, loop=services.loop, namespace=key.namespace, owner=labels.POLICY_UID, uid=uid
+        )
+        terms = Terms(
+            owner=Owner(kind="PruningPolicy", name=key.name, uid=uid, namespace=key.namespace),
+            config=config,
+            settings=spec.settings,
+            images={"worker": config.images.worker, "validator": config.images.validator},
+            store=frozen.store,
+            overrides=spec.pod_overrides,
+            queue=frozen.queue,
+        )
+        return cls(children=children, terms=terms, run=spec.run.rstrip("/"))
+
+    def __call__(self, record: int) -> str | None:
+        found = [job for job in self.children.list() if job["metadata"]["labels"].get(labels.STEP) == str(record)]
+        attempt = len(found)
+        if found:
+            newest = max(found, key=lambda job: int(job["metadata"]["labels"][labels.LAUNCH]))
+            match _ended(newest):
+                case None:
+                    raise NoAnswer(f"the validator is looking at record {record}")
+                case "Complete":
+                    self._clear(found)
+                    return None
+            ends = podends.ends(self.children.pods(newest))
+            said = ends[-1].said if ends else ""
+            if any(end.code == exits.BAD_INPUT for end in ends):
+                self._clear(found)
+                return said or f"record {record} breaks a rule; the validator's exit code was {exits.BAD_INPUT}"
+            if attempt >= ATTEMPTS:
+                raise NoAnswer(f"the validator could not judge record {record}: {said or 'its pods never ran'}")
+        self.children.create(recheck(self.terms, run_uri=self.run, record=record, attempt=attempt))
+        raise NoAnswer(f"the validator was started for record {record}")
+
+    def _clear(self, jobs: list[dict[str, Any]]) -> None:
+        for job in jobs:
+            self.children.delete(job)
+
+
+def _ended(job: dict[str, Any]) -> str | None:
+    """The Job's terminal condition."""
+    conditions = (job.get("status") or {}).get("conditions") or []
+    return next((c["type"] for c in conditions if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None)

@@ -1,0 +1,33 @@
+"""Which resources of ended cycles go, and when. Pure; their records in the log stay for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any
+
+from emrakul.api import labels
+from emrakul.api.cycle import CycleStatus
+from emrakul.api.resource import ConditionType
+
+
+def seconds_left(status: CycleStatus, ttl: int | None, now: datetime) -> float | None:
+    """Until the resource goes; 0 or less: now. None: never by its age."""
+    ended = next((c for c in status.conditions if c.type is ConditionType.COMPLETE and c.status == "True"), None)
+    if ended is None or ttl is None:
+        return None
+    at = datetime.fromisoformat(ended.last_transition_time.replace("Z", "+00:00"))
+    return (at + timedelta(seconds=ttl) - now).total_seconds()
+
+
+def beyond(cycles: Iterable[dict[str, Any]], limit: int) -> tuple[dict[str, Any], ...]:
+    """Of a policy's resources, the ended ones beyond the newest `limit`, oldest first."""
+    ended = [body for body in cycles if (body.get("status") or {}).get("outcome")]
+    ended.sort(key=base_of)
+    return tuple(ended[: max(0, len(ended) - limit)])
+
+
+def base_of(body: dict[str, Any]) -> int:
+    """The record of the pair that a policy made the cycle for; -1 for a person's."""
+    text = (body["metadata"].get("labels") or {}).get(labels.BASE, "")
+    return int(text) if text.isdecimal() else -1

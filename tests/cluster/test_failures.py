@@ -1,0 +1,101 @@
+"""What goes wrong in a real cluster: the cycle says so, and the training has lost nothing."""
+
+from __future__ import annotations
+
+import json
+
+from cluster.release import Release
+from cluster.tenant import POLICY, Tenant, policy
+from leyline.records import Prune
+
+
+def ends(tenant: Tenant, made: dict) -> dict:
+    """The status of the cycle that the policy makes, which committed nothing and left no Job."""
+    before = tenant.log.tail().state.tip
+    tenant.apply(made)
+    name = tenant.cycle()
+    status = tenant.ended(name)
+    assert tenant.log.tail().state.tip == before
+    tenant.until("its Jobs are gone", lambda: not tenant.list("jobs"))
+    return status
+
+
+def outcome(status: dict) -> str:
+    return f"{status['outcome']}/{status['reason']}"
+
+
+def test_a_worker_over_its_memory_limit(tenant: Tenant) -> None:
+    """Torch alone is more than the least limit that there is."""
+    status = ends(tenant, policy(tenant.store, settings={"validationMemoryLimit": "96MB"}))
+
+    assert outcome(status) == "Skipped/OutOfMemory"
+    assert "validate: a worker was OOMKilled at its limit of 96 MB" in status["message"]
+    assert "validation_memory_limit" in status["message"]
+
+
+def test_a_pod_that_can_never_be_scheduled(tenant: Tenant) -> None:
+    chosen = policy(
+        tenant.store, settings={"startupTimeout": 10}, podOverrides={"nodeSelector": {"disk": "there-is-none"}}
+    )
+    status = ends(tenant, chosen)
+
+    assert outcome(status) == "Skipped/NotScheduled"
+    assert "didn't match Pod's node affinity/selector" in status["message"]
+
+
+def test_a_quota_that_forbids_the_workers(tenant: Tenant) -> None:
+    tenant.kubectl("create", "quota", "none", "--hard=count/pods=0")
+    status = ends(tenant, policy(tenant.store, settings={"startupTimeout": 10}))
+
+    assert outcome(status) == "Skipped/NotScheduled"
+    assert "exceeded quota: none" in status["message"]
+
+
+def test_an_image_that_cannot_be_pulled(tenant: Tenant, release: Release) -> None:
+    """The workers' credentials do not exist: the pod's own words are in the message."""
+    made = policy(tenant.store, settings={"startupTimeout": 10})
+    made["spec"]["store"]["workerCredentialsSecretRef"] = {"name": "nowhere"}
+    status = ends(tenant, made)
+
+    assert outcome(status) == "Skipped/NotScheduled"
+    assert 'secret "nowhere" not found' in status["message"]
+
+
+def test_a_validator_over_its_time(tenant: Tenant) -> None:
+    status = ends(tenant, policy(tenant.store, settings={"validationTimeout": 1}))
+
+    assert outcome(status) == "Skipped/ValidationTimeout"
+    assert "validate took more than 1 s" in status["message"]
+
+
+def test_a_candidate_that_the_gate_does_not_let_through(tenant: Tenant) -> None:
+    """256 samples cannot show a drop as small as the policy allows."""
+    structured = {"safetyConstraints": {"accuracyDropThreshold": "0.0001"}}
+    made = policy(tenant.store, settings={"safetyMargin": "0"}, structured=structured)
+    made["spec"]["settings"]["structuredPruning"]["progressiveSchedule"] |= dict.fromkeys(
+        ("conservativeThreshold", "moderateThreshold", "aggressiveThreshold"), "0.2"
+    )
+    status = ends(tenant, made)
+
+    assert outcome(status) == "RolledBack/GateInconclusive"
+    assert "candidate" in status and "masks" not in status
+
+
+def test_killed_worker_pods_are_replaced(tenant: Tenant) -> None:
+    tenant.apply(policy(tenant.store))
+    name = tenant.cycle()
+    killed = {}
+    for phase in ("analyse", "validate"):
+        tenant.job(phase)
+        labels = f"emrakul.dev/phase={phase}"
+        pod = tenant.until(f"a pod for {phase}", lambda labels=labels: tenant.list("pods", labels=labels))[0]
+        killed[phase] = pod["metadata"]["uid"]
+        tenant.kubectl("delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
+
+    assert outcome(tenant.ended(name)) == "Committed/Pruned"
+    assert len(tenant.records(Prune)) == 1
+    started = [
+        event for event in tenant.list("events") if event["reason"] == "SuccessfulCreate" and "-v" in event["message"]
+    ]
+    assert len(started) > 1, json.dumps([event["message"] for event in tenant.list("events")])
+    assert tenant.get("pruningpolicy", POLICY)["status"]["tip"]["counts"] == {"channel": 3}

@@ -1,0 +1,1 @@
+"""SeaweedFS in the cluster: the object store that the tests' runs lie in."""
