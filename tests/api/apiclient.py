@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from select import select
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,11 +53,13 @@ class Api:
             connection = self._threads.connection = self._connect()
             self._connections.append(connection)
         data = None if body is None else json.dumps(body)
+        if connection.sock is not None and select([connection.sock], [], [], 0)[0]:
+            connection.close()  # the server said good-bye meanwhile: it was restarted
         try:
             connection.request(method, f"/{path}", data, {"Content-Type": content} if data else {})
             answer = connection.getresponse()
             text = answer.read()
-        except http.client.HTTPException as error:  # the server was restarted
+        except http.client.HTTPException as error:
             connection.close()
             raise ConnectionError(str(error)) from error
         except OSError:

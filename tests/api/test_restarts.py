@@ -75,7 +75,8 @@ def is_suspended(stage: Stage) -> None:
     wait_for(lambda: [one for one in jobs(stage) if "-w" in one])
     (name,) = [one["metadata"]["name"] for one in stage.cycles()]
     stage.change(CYCLES, name, suspend=True)
-    wait_for(lambda: stage.status().get("state") == "Suspended" and not jobs(stage))
+    stage.reached("Suspended")
+    wait_for(lambda: not [one for one in jobs(stage) if "-w" in one])
     stage.jobs.hold = lambda _: False
     stage.change(CYCLES, name, suspend=False)
     ends(stage, "Committed")
@@ -121,7 +122,6 @@ def tell(place: Place, story: Story, *, write: int = 0, lost: bool = False) -> T
         story(stage)
         faults = [*stage.errors(), *(str(one) for one in stage.jobs.trouble)]
         faults += [f"{name} went {' '.join(values)}" for name, values in history.flapping().items()]
-        faults += [f"{name} was made {count} times" for name, count in history.made.items() if count != 1]
         writes = between.writes
         return Told(masked(stage), dict(history.made), faults, writes, fault.at)
 
@@ -156,6 +156,8 @@ def test_nobody_can_tell_where_it_was_killed(place: Place) -> None:
     golden = {story: tell(place, story) for story in (commits, is_refused, is_suspended, is_rolled_back)}
     for story, once in golden.items():
         assert once.faults == [], story.__name__
+        if story is not is_suspended:  # a Job that no worker began on is made again under its name
+            assert set(once.made.values()) == {1}, story.__name__
     points = [
         (story, write, lost)
         for story, once in golden.items()

@@ -14,6 +14,7 @@ from cluster.cluster import Cluster
 from cluster.release import Images, Release
 from cluster.seaweedfs import SeaweedFS
 from cluster.tenant import Tenant
+from leyline.local import LocalStore
 from runs import published_run
 
 _NEEDS_IMAGES = "images"
@@ -79,16 +80,20 @@ def release(installed: Release) -> Release:
 
 @pytest.fixture
 def new_tenant(cluster: Cluster, store: SeaweedFS) -> Iterator[Callable[..., Tenant]]:
-    """Makes namespaces with a published run of the small model; all go in the end."""
+    """Makes namespaces with a run: a copy of `run`, or of one of the small model; all go in the end."""
     made: list[str] = []
 
-    def make(prefix: str = "", *, masked: bool = False) -> Tenant:
+    def make(prefix: str = "", *, run: LocalStore | None = None, masked: bool = False) -> Tenant:
         name = f"team-{uuid.uuid4().hex[:8]}"
         cluster.kubectl("create", "namespace", name)
         made.append(name)
         cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
         tenant = Tenant(cluster, name, store.run(prefix or name))
-        published_run(tenant.store, masked=masked)
+        if run is None:
+            published_run(tenant.store, masked=masked)
+        else:
+            for head in run.list(""):
+                tenant.store.put_if_absent(head.key, run.get(head.key))
         tenant.apply(seaweedfs.secret("store"))
         return tenant
 

@@ -42,7 +42,7 @@ class Release:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def install(self, **more: Any) -> None:
-        """Installs or upgrades, and waits until the operator is ready. `more` are values, besides those that all get."""
+        """Installs or upgrades, and waits until the operator is ready; `more` are further values."""
         values = {**self._common(), **self.values, **more}
         given = [f"--set-json={key}={json.dumps(value)}" for key, value in values.items()]
         options = ("--install", f"--namespace={self.namespace}", "--create-namespace", "--wait", "--timeout=180s")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-from cluster.release import Release
-from cluster.tenant import POLICY, Tenant, policy
+from cluster.tenant import POLICY, Body, Tenant, policy
 from leyline.records import Prune
 
 
-def ends(tenant: Tenant, made: dict) -> dict:
+def ends(tenant: Tenant, made: Body) -> Body:
     """The status of the cycle that the policy makes, which committed nothing and left no Job."""
     before = tenant.log.tail().state.tip
     tenant.apply(made)
@@ -20,7 +19,7 @@ def ends(tenant: Tenant, made: dict) -> dict:
     return status
 
 
-def outcome(status: dict) -> str:
+def outcome(status: Body) -> str:
     return f"{status['outcome']}/{status['reason']}"
 
 
@@ -51,8 +50,8 @@ def test_a_quota_that_forbids_the_workers(tenant: Tenant) -> None:
     assert "exceeded quota: none" in status["message"]
 
 
-def test_an_image_that_cannot_be_pulled(tenant: Tenant, release: Release) -> None:
-    """The workers' credentials do not exist: the pod's own words are in the message."""
+def test_credentials_of_workers_that_do_not_exist(tenant: Tenant) -> None:
+    """The pod's own words are in the message."""
     made = policy(tenant.store, settings={"startupTimeout": 10})
     made["spec"]["store"]["workerCredentialsSecretRef"] = {"name": "nowhere"}
     status = ends(tenant, made)

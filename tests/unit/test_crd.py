@@ -29,7 +29,8 @@ UNION = "x-kubernetes-int-or-string"
 KEYWORDS = {
     *("type", "description", "default", "properties", "required", "items", "additionalProperties", "anyOf", "enum"),
     *("minimum", "maximum", "minItems", "maxItems", "maxLength", "maxProperties", "pattern", "format"),
-    *(OPEN, UNION, "x-kubernetes-validations", "x-kubernetes-list-type", "x-kubernetes-list-map-keys"),
+    *(OPEN, UNION, "x-kubernetes-validations"),
+    *("x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-map-type"),
 }
 
 

@@ -84,7 +84,25 @@ def test_a_list_that_goes_back_is_deaf_at_once(heard: Freshness) -> None:
     assert heard.listed(CYCLES, "10", {"a": "9", "b": "10"}, 60) is None
     why = heard.listed(CYCLES, "8", {"a": "8"}, 120)
     assert why is not None
-    assert why.startswith("the listing of pruningcycles is at version 8, an earlier one was at 10: the cluster's data")
+    assert why.startswith("the listing of pruningcycles is at version 8, and 10 was seen before: the cluster's data went")
+
+
+def test_what_was_told_before_the_listing_must_be_in_it(heard: Freshness) -> None:
+    """A restored cluster whose versions have grown past the last listing's, but not past what was delivered."""
+    heard.delivered(CYCLES, "b", "20")
+    known = heard.known(CYCLES)
+    heard.delivered(CYCLES, "b", "21")  # while the listing is read
+    assert heard.listed(CYCLES, "20", {"a": "9", "b": "20"}, 60, known=known) is None
+    assert "at version 19, and 20 was seen before" in (heard.listed(CYCLES, "19", {}, 60, known=known) or "")
+
+
+def test_an_object_that_goes_back_is_enough(heard: Freshness) -> None:
+    """The cluster wrote so much since that the list's own version is ahead."""
+    known = heard.known(CYCLES)
+    why = heard.listed(CYCLES, "30", {"a": "9", "b": "8"}, 60, known=known)
+    assert why is not None
+    assert why.startswith("pruningcycles b is at version 8, and 10 was seen before: the cluster's data went back")
+    assert heard.listed(CYCLES, "31", {"a": "9", "b": "12"}, 60, known=known) is None
     assert heard.listed("jobs", "3", {}, 120) is None  # another resource has its own
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,20 @@ def test_the_names_that_were_promised_are_there_from_the_start() -> None:
     }
     assert promised <= names
     assert not [name for name in names if name.endswith("_created")]
+
+
+def test_the_docs_have_every_metric_with_its_type_and_labels() -> None:
+    metrics = Metrics()
+    metrics.api_request("GET", 200)
+    found = {}
+    for family in metrics.registry.collect():
+        labels = {name for sample in family.samples for name in sample.labels} - {"le"}
+        suffix = "_total" if family.type == "counter" else ""
+        found[f"{family.name}{suffix}"] = (family.type, labels)
+    text = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    rows = re.findall(r"^\| `(emrakul_\w+)` \| (\w+) \|([^|]*)\|", text, re.M)
+    told = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    assert told == {name: said for name, said in found.items() if name.startswith("emrakul_")}
 
 
 def test_an_ended_cycle_is_counted_where_it_belongs() -> None:

@@ -29,7 +29,9 @@ from leyline.topology import Kind
 LATEST = "latest"
 """Instead of a checkpoint's name: the pair that the run's log says is to be loaded."""
 
-Checkpoint = Annotated[str, Field(pattern=rf"^(.+/checkpoints/{CHECKPOINT}/?|{CHECKPOINT}|{LATEST})$", max_length=1024)]
+Checkpoint = Annotated[
+    str, Field(pattern=rf"^(.+/checkpoints/({CHECKPOINT}/?|{LATEST})|{CHECKPOINT}|{LATEST})$", max_length=1024)
+]
 
 
 class PolicyRef(Model):
@@ -43,7 +45,7 @@ class CycleSpec(Model):
     """What is asked. Immutable but for `suspend` and `ttlSecondsAfterFinished`."""
 
     checkpoint: Checkpoint
-    """A checkpoint's name, `latest`, or in full `<run>/checkpoints/<name>`, which needs no policy."""
+    """A checkpoint's name, `latest`, or in full `<run>/checkpoints/<name or latest>`, which needs no policy."""
     policy_ref: PolicyRef | None = None
     """The policy with run, store and settings."""
     suspend: Annotated[bool, Field(strict=True)] = False

@@ -137,7 +137,7 @@ _OF_PATTERN = {
         "write s3://bucket/prefix: in a cluster a run lies in an object store, file:// and paths are for one machine",
     ),
     _pattern(Checkpoint): Rule(
-        _matches(rf"^(s3://[a-z0-9][a-z0-9.-]*/(.+/)?checkpoints/{CHECKPOINT}/?|{CHECKPOINT}|latest)$"),
+        _matches(rf"^(s3://[a-z0-9][a-z0-9.-]*/(.+/)?checkpoints/({CHECKPOINT}/?|latest)|{CHECKPOINT}|latest)$"),
         "write latest, a checkpoint's name such as 4000-1-0f3a9b2c, or in full "
         "s3://bucket/run/checkpoints/4000-1-0f3a9b2c: in a cluster runs lie in an object store",
     ),

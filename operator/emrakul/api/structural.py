@@ -43,8 +43,16 @@ def asked(model: type[BaseModel]) -> Schema:
 
 
 def told(model: type[BaseModel]) -> Schema:
-    """Of what the operator writes, which needs neither: a default would come back as if it had been written."""
-    return _schema(model, asked=False)
+    """Of what the operator writes, which needs neither: a default would come back as if it had been written.
+
+    Its objects are applied as wholes: of one that is written field by field, a server-side apply with fewer fields
+    leaves null behind, which no schema allows.
+    """
+    found = _schema(model, asked=False)
+    for inner in found["properties"].values():
+        if inner.get("type") == "object":
+            inner["x-kubernetes-map-type"] = "atomic"
+    return found
 
 
 def validations(found: tuple[rules.Rule, ...]) -> Schema:

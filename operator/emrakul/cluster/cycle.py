@@ -429,16 +429,17 @@ class CycleReconciler:
         if status.observed_generation != subject.generation:
             current = status.model_copy(update={"observed_generation": subject.generation})
             subject = await self._conclude(subject, current)
-        run = await self._ended_run(subject)
+        run, unsent = await self._ended_run(subject), False
         if run is not None:
             async with run.lock:
                 undone = await asyncio.to_thread(_undone, run, status)
             if undone is not None:
                 subject = await self._conclude(subject, status.model_copy(update={"rollback": undone}))
-            await self._send(subject, run)
+            unsent = await self._send(subject, run)
         left = retention.seconds_left(status, subject.cycle.spec.ttl_seconds_after_finished, _now())
         if left is None or left > 0:
-            return left
+            # what a sink has not taken may be given up for others: then it is offered again
+            return min(left or RESYNC_SECONDS, RESYNC_SECONDS) if unsent else left
         if await self.recorded(subject.key.namespace, status):
             await self.services.kube.delete(CYCLES, subject.key.namespace, subject.key.name, uid=subject.uid)
             return None
@@ -458,11 +459,13 @@ class CycleReconciler:
         self._known.setdefault(subject.key, run.access)
         return run
 
-    async def _send(self, subject: _Subject, run: OpenRun) -> None:
+    async def _send(self, subject: _Subject, run: OpenRun) -> bool:
+        """Whether the outcome still waits for its sink."""
         status = subject.status
         url = (status.frozen.sink if status.frozen else None) or self.services.config.sink
-        if url is not None and status.cycle is not None:
-            await offer(self.services.sinks, url, run, status.cycle)
+        if url is None or status.cycle is None:
+            return False
+        return await offer(self.services.sinks, url, run, status.cycle)
 
     async def recorded(self, namespace: str, status: CycleStatus) -> bool:
         """Whether the log has, as read back now, the record that the status speaks of; one that has none needs none."""

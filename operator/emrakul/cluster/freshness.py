@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_BACK = "the cluster's data went back, and what was seen since is not so any more; starting anew"
 DEAF_SECONDS = 90.0
 """How long a version may be listed and not delivered."""
 
@@ -47,14 +48,23 @@ class Freshness:
         heard.delivered.pop(uid, None)
         heard.missing.pop(uid, None)
 
-    def listed(self, resource: str, version: str, items: Mapping[str, str], now: float) -> str | None:
-        """Compare with a listing: its version, and the version of each object by UID. A sentence if we are deaf."""
+    def known(self, resource: str) -> Mapping[str, int]:
+        """The version delivered of each object by UID: what a listing that begins now must show, or a later one."""
+        return dict(self._heard.setdefault(resource, _Heard()).delivered)
+
+    def listed(
+        self, resource: str, version: str, items: Mapping[str, str], now: float, *, known: Mapping[str, int] = {}
+    ) -> str | None:
+        """Compare with a listing: its version, and the version of each object by UID. A sentence if we are deaf.
+
+        `known` was asked for before the listing began.
+        """
         heard = self._heard.setdefault(resource, _Heard())
-        if int(version) < heard.listed:
-            return (
-                f"the listing of {resource} is at version {version}, an earlier one was at {heard.listed}: the "
-                "cluster's data went back, and what was seen since is not so any more; starting anew"
-            )
+        seen = max(heard.listed, *known.values()) if known else heard.listed
+        if int(version) < seen:
+            return f"the listing of {resource} is at version {version}, and {seen} was seen before: {_BACK}"
+        if back := next((uid for uid, text in items.items() if int(text) < known.get(uid, -1)), None):
+            return f"{resource} {back} is at version {items[back]}, and {known[back]} was seen before: {_BACK}"
         heard.listed = int(version)
         self._forget(heard, items)
         for uid, text in items.items():

@@ -139,6 +139,8 @@ async def _list(kube: Kube, config: OperatorConfig, freshness: Freshness, *, wak
     """All that is watched, live. Ended if it is not what the watch has told."""
     for kind, selector in WATCHED:
         for namespace in config.namespaces or (None,):
+            watched = handlers.watch_name(kind.plural, namespace)
+            known = freshness.known(watched)
             try:
                 found = await kube.list(kind, namespace, labels=selector, metadata=True)
             except KubeError as error:
@@ -149,8 +151,7 @@ async def _list(kube: Kube, config: OperatorConfig, freshness: Freshness, *, wak
                     "chart), and may this service account list them?"
                 ) from error
             versions = {one["metadata"]["uid"]: one["metadata"]["resourceVersion"] for one in found.items}
-            watched = handlers.watch_name(kind.plural, namespace)
-            if deaf := freshness.listed(watched, found.version, versions, time.monotonic()):
+            if deaf := freshness.listed(watched, found.version, versions, time.monotonic(), known=known):
                 raise Ended(deaf)
             if wake is not None:
                 for one in found.items:

@@ -12,10 +12,10 @@ from leyline.messages import AnalysisResults
 from leyline.store import Exists, NotFound
 
 
-async def offer(sinks: Sinks, url: str, run: OpenRun, cycle: str) -> None:
-    """The results of an ended cycle, unless the run has the mark that they were sent."""
+async def offer(sinks: Sinks, url: str, run: OpenRun, cycle: str) -> bool:
+    """The results of an ended cycle (or `rollback-<record>`). False once the run has the mark that they were sent."""
     if await asyncio.to_thread(_sent, run, cycle):
-        return
+        return False
 
     def make() -> Event:
         key = layout.results(cycle)
@@ -24,9 +24,10 @@ async def offer(sinks: Sinks, url: str, run: OpenRun, cycle: str) -> None:
 
     def delivered() -> None:
         with suppress(Exists):
-            run.store.put_if_absent(layout.sent(cycle), b"sent")
+            run.store.put_if_absent(layout.sent(cycle), b"{}")
 
     sinks.offer(f"{run.store.uri}/{cycle}", url, make, delivered)
+    return True
 
 
 def _sent(run: OpenRun, cycle: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -20,6 +21,7 @@ from emrakul.cluster.access import Access, NotReady, OpenRun
 from emrakul.cluster.cycle import CycleReconciler, frozen_of
 from emrakul.cluster.kube import CYCLES, POLICIES, AlreadyExists, Body
 from emrakul.cluster.orphans import Orphans
+from emrakul.cluster.outbox import offer
 from emrakul.cluster.recheck import Recheck
 from emrakul.cluster.services import CYCLE, POLICY, Services
 from emrakul.cluster.supervisor import RESYNC_SECONDS, Key
@@ -27,11 +29,13 @@ from emrakul.control import name_of
 from emrakul.invalid import Invalid
 from emrakul.runtime.kubernetes import KubernetesRuntime
 from emrakul.watch import Due, Follower, due
+from leyline import layout
 from leyline.fold import RunState
 from leyline.log import NoRun, StoreReverted
+from leyline.messages import SystemStatePacket
 from leyline.reasons import REMEDY, Reason
-from leyline.report import newest_report
-from leyline.store import StoreError
+from leyline.records import Publish
+from leyline.store import NotFound, StoreError
 
 log = logging.getLogger("emrakul")
 
@@ -48,8 +52,10 @@ class _Followed:
     follower: Follower
     run: OpenRun
     tidied: float = float("-inf")
-    told: int = -1
-    """The newest report's step whose figures were counted."""
+    counted: int = -1
+    """The newest publish, by record, for which the trainer's own figures were counted."""
+    sent: int = -1
+    """The newest rollback, by record, that was offered to the sink."""
 
 
 @dataclass
@@ -118,6 +124,9 @@ class PolicyReconciler:
             next_ = due(state, every=spec.every)
             left = await self.orphans.check(run) if state.live is not None else None
             await asyncio.to_thread(self._count_report, followed, state)
+        if state.rolled_back > followed.sent:
+            await self._send(spec, run, state)
+            followed.sent = state.rolled_back
         self.services.health.store_answered(run.store.uri)
         self.services.metrics.run_state(run.store.uri, state.ladder.stage, state.breaker.state)
         if next_ is not None:
@@ -194,13 +203,24 @@ class PolicyReconciler:
     # --- what is told ---
 
     def _count_report(self, followed: _Followed, state: RunState) -> None:
-        """What the trainer says that it was held, once for each of its reports."""
-        packet = newest_report(followed.run.store, state.term)
-        if packet is None or packet.step <= followed.told:
+        """What the checkpoint before the newest one held its training: its report has the whole of it by then."""
+        newest = next((pair for pair in reversed(state.pairs) if pair.candidate is None), None)
+        if newest is None or newest.record <= followed.counted:
             return
-        if followed.told >= 0:  # at the first look an old report would count again
+        first, followed.counted = followed.counted < 0, newest.record
+        body = followed.run.log.read(newest.record)[0].body
+        if first or not isinstance(body, Publish) or body.report is None:
+            return  # what was there before this process was counted by the one before it
+        with suppress(NotFound):
+            key = layout.report(body.term, body.report.step)
+            packet = SystemStatePacket.parse(followed.run.store.get(key), name=key)
             self.services.metrics.trainer(packet.held_seconds, packet.tracking_share)
-        followed.told = packet.step
+
+    async def _send(self, spec: PolicySpec, run: OpenRun, state: RunState) -> None:
+        """A rollback's results go out like a cycle's."""
+        url = spec.sink or self.services.config.sink
+        if url is not None and state.rolled_back >= 0:
+            await offer(self.services.sinks, url, run, f"rollback-{state.rolled_back}")
 
     async def _unready(self, key: Key, body: Body, before: PolicyStatus, reason: str, message: str) -> None:
         generation = int(body["metadata"].get("generation", 0))

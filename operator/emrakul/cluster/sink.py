@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
-from yarl import URL
 
 from emrakul.cluster.metrics import Metrics
 from leyline.messages import AnalysisResults
@@ -207,6 +207,7 @@ class Sinks:
 def _shown(url: str) -> str:
     """Without what may be secret: user, password, query."""
     try:
-        return str(URL(url).with_user(None).with_query(None).with_fragment(None))
+        parts = urlsplit(url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
     except ValueError:
         return "of an address that is none"

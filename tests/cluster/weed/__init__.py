@@ -1,1 +1,0 @@
-"""SeaweedFS in the cluster: the object store that the tests' runs lie in."""
