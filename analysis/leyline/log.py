@@ -90,6 +90,10 @@ class Log:
             self._tail = entry
         return self._tail
 
+    def expect(self, n: int, digest: str) -> None:
+        """StoreReverted unless record n, known from before, still stands there."""
+        self._still_there(n, digest)
+
     def since(self, n: int) -> Iterator[Record]:
         """Records n+1 and on, oldest first."""
         while True:

@@ -127,7 +127,9 @@ OUTCOME_OF: dict[Reason, Outcome] = {
         ),
         Outcome.ROLLED_BACK,
     ),
-    **dict.fromkeys((Reason.INVALID_INPUT, Reason.UNTRUSTED, Reason.STORE_REVERTED, Reason.RUN_NOT_ALLOWED), Outcome.FAILED),
+    **dict.fromkeys(
+        (Reason.INVALID_INPUT, Reason.UNTRUSTED, Reason.STORE_REVERTED, Reason.RUN_NOT_ALLOWED), Outcome.FAILED
+    ),
 }
 
 REMEDY: dict[Reason, str] = {

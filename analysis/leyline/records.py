@@ -90,7 +90,7 @@ class Admit(Value):
     """The gate: a published pair with a report is good within it."""
     runtime: str
     operator_class: str = ""
-    """Of the operator that admitted it, where several work on one store."""
+    """`class@cluster` of the operator that admitted it: several may work on one store."""
     resource: str = ""
     """`namespace/name` of its PruningCycle in a cluster; "" on one machine."""
     images: dict[str, str] = {}

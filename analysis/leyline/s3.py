@@ -20,9 +20,12 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import boto3
+import botocore.loaders
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -64,6 +67,9 @@ _PARTS = 10_000
 """S3's own limit on the parts of one object."""
 _UPLOADS = 3
 """How often a multipart upload is begun when Complete keeps meeting a conflict."""
+
+_MAKING = Lock()
+"""Many threads that open their first store at once would each make a client of their own, of 10 MB."""
 
 _NO_CREDENTIALS = (
     CredentialRetrievalError,
@@ -115,14 +121,15 @@ class S3Store:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._deadline = deadline
-        self._client = _client(
-            endpoint=endpoint,
-            region=region,
-            ca_bundle=ca_bundle,
-            credentials=credentials,
-            deadline=deadline,
-            environment=tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))),
-        )
+        with _MAKING:
+            self._client = _client(
+                endpoint=endpoint,
+                region=region,
+                ca_bundle=ca_bundle,
+                credentials=credentials,
+                deadline=deadline,
+                environment=tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))),
+            )
 
     @property
     def uri(self) -> str:
@@ -412,6 +419,12 @@ class S3Store:
         return StoreError(f"{where}: the store answers {status} {said}")
 
 
+@lru_cache(maxsize=1)
+def _loader() -> botocore.loaders.Loader:
+    """One for all clients: each would read the same descriptions of S3, some 10 MB, for itself."""
+    return botocore.loaders.Loader()
+
+
 @lru_cache(maxsize=64)
 def _client(
     *,
@@ -432,7 +445,10 @@ def _client(
         raise StoreError(f"{ca_bundle} does not exist; the CA bundle must be a PEM file")
     endpoint = endpoint or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
     given = credentials
+    inner = botocore.session.Session()
+    inner.register_component("data_loader", _loader())
     session = boto3.session.Session(
+        botocore_session=inner,
         aws_access_key_id=given.access_key if given else None,
         aws_secret_access_key=given.secret_key if given else None,
         aws_session_token=given.session_token if given else None,

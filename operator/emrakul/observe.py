@@ -15,7 +15,7 @@ from leyline import answers, layout
 from leyline.claims import Task, attempt_states
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust, Untrusted, is_signed
-from leyline.fold import RunState
+from leyline.fold import PairState, RunState
 from leyline.log import Entry, Log
 from leyline.messages import (
     CheckpointMetadata,
@@ -67,10 +67,11 @@ class Observer:
         end = next((r for r in self._records if r.kind in (Kind.PRUNE, Kind.OUTCOME) and r.id == self.cycle), None)
         heads = {head.key: head for head in self.store.list(f"cycles/{self.cycle}/")}
         now = self.store.now()
-        pair = self.log.state_at(ask.base).pair(ask.base) if ask.base <= tail.record.n else None
+        pair = self._base(ask.base) if ask.base <= tail.record.n else None
         current = tail.state.pair(ask.base)
         if pair is not None and current is not None:
             pair = current
+        other = self._other(tail.state)
         base = self.checkpoint(pair.checkpoint) if pair else Checkpoint()
         unusable = base.unusable
         ancestors = tail.state.ancestors(pair.record) if pair else ()
@@ -96,7 +97,8 @@ class Observer:
                 told=end is not None and self._exists(layout.results(self.cycle)),
                 pair=pair,
                 live_quiet_since=self._quiet_since(tail.state),
-                live_settings=self._live_settings(tail.state),
+                live_settings=Settings.model_validate(other.settings) if other else None,
+                live_operator=other.operator_class if other else "",
                 ready=base.metadata,
                 groups=base.groups,
                 coverage=base.coverage,
@@ -166,6 +168,10 @@ class Observer:
             self._looked += 1
             self._records.append(self.log.read(self._looked)[0])
 
+    def _base(self, record: int) -> PairState | None:
+        """The pair as it was when it was made."""
+        return self._read(("pair", record))  # type: ignore[return-value]
+
     def _get(self, key: str) -> bytes:
         data = self.store.get(key)
         self._digests[key] = sha256_hex(data)
@@ -173,6 +179,8 @@ class Observer:
 
     def _read_once(self, what: tuple[object, ...]) -> object:
         match what:
+            case ("pair", int(record)):
+                return self.log.state_at(record).pair(record)
             case ("checkpoint", str(name)):
                 return self._checkpoint(name)
             case ("requests", int(round_)):
@@ -308,12 +316,12 @@ class Observer:
         moved = [head.modified for head in self.store.list(f"cycles/{live.id}/")]
         return max([self.store.head(layout.record(live.admitted)).modified, *moved])
 
-    def _live_settings(self, state: RunState) -> Settings | None:
-        """Another live cycle's settings."""
+    def _other(self, state: RunState) -> Admit | None:
+        """What another live cycle was admitted with."""
         if state.live is None or state.live.id == self.cycle:
             return None
         body = self.log.read(state.live.admitted)[0].body
-        return Settings.model_validate(body.settings) if isinstance(body, Admit) else None
+        return body if isinstance(body, Admit) else None
 
     def _publishes(self, base: int) -> tuple[datetime, ...]:
         moved = [record.n for record in self._records if record.kind is Kind.PUBLISH]

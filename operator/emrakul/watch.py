@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
 from leyline.report import newest_report
 from leyline.store import NotFound, ObjectStore
+
+VALIDATOR_SECONDS = 10.0
+"""Between two looks at whether recovery's validator has answered: each reads the whole log."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,14 @@ class Follower:
         self._store, self._log, self.policy = store, log, policy
         self._trust, self._validate = trust, validate
         self._asked: Record | None = None
+        self._searched = ("", -1)
+        """The id, and up to which record its rollback was looked for."""
         self.impossible = ""
         """Why the policy's rollback cannot be done."""
         self._probed: tuple[int, list[Record]] = (-1, [])
         self.recovery: Recovery | None = None
         """What was found after the newest rollback."""
-        self._looked = -1
+        self._looked, self._looked_at = -1, 0.0
 
     def follow(self, state: RunState) -> str | None:
         """Do one thing that the policy or the training asks for: a sentence of it, or None if there is nothing."""
@@ -78,8 +84,14 @@ class Follower:
         asked = self.policy.rollback
         if asked is None:
             return None
-        if self._asked is None or self._asked.id != asked.id:
-            self._asked = self._log.find((Kind.ROLLBACK.value, asked.id), base=-1)
+        if self._searched[0] != asked.id:
+            self._asked, self._searched = None, (asked.id, -1)
+        if self._asked is None:
+            for record in self._log.since(self._searched[1]):
+                self._searched = (asked.id, record.n)
+                if record.slot == (Kind.ROLLBACK.value, asked.id):
+                    self._asked = record
+                    break
         return self._asked
 
     def _asked_rollback(self, _state: RunState) -> str | None:
@@ -149,16 +161,17 @@ class Follower:
         known = self.recovery
         if state.rolled_back < 0 or (known and known.rollback == state.rolled_back and known.outcome != "pending"):
             return None
-        if state.n == self._looked and not self.waits_for_validator():
+        soon = time.monotonic() - self._looked_at < VALIDATOR_SECONDS
+        if state.n == self._looked and (soon or not self._waits_for_validator()):
             return None
-        self._looked = state.n
+        self._looked, self._looked_at = state.n, time.monotonic()
         record, _ = self._log.read(state.rolled_back)
         self.recovery = recover(self._store, self._log, record, validate=self._validate)
         if self.recovery.outcome == "pending":
             return None
         return f"recovery after record {record.n}: {self.recovery.outcome}"
 
-    def waits_for_validator(self) -> bool:
+    def _waits_for_validator(self) -> bool:
         """Whether recovery validation waits for its validator, and not for the trainer."""
         looks = self.recovery.looks if self.recovery else ()
         return any(look.name == "model" and look.outcome == "pending" for look in looks)

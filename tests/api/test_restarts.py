@@ -119,8 +119,12 @@ def tell(place: Place, story: Story, *, write: int = 0, lost: bool = False) -> T
         history = History(place.api, stage.namespace)
         stage.operator.kept()
         fault = between.break_at(write, lost=lost, then=stage.operator.process.kill)
-        story(stage)
-        faults = [*stage.errors(), *(str(one) for one in stage.jobs.trouble)]
+        faults = []
+        try:
+            story(stage)
+        except AssertionError as error:
+            faults.append(f"{str(error)[:2000]} {stage.operator.log.read_text()[-2000:]}")
+        faults += [*stage.errors(), *(str(one) for one in stage.jobs.trouble)]
         faults += [f"{name} went {' '.join(values)}" for name, values in history.flapping().items()]
         writes = between.writes
         return Told(masked(stage), dict(history.made), faults, writes, fault.at)

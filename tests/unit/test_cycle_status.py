@@ -9,7 +9,7 @@ import pytest
 
 from emrakul.api.cycle import CycleStatus
 from emrakul.cluster.announce import events
-from emrakul.cluster.status import Facts, cycle_status, refused, unable
+from emrakul.cluster.status import Facts, cycle_status, in_resource_words, refused, unable
 from emrakul.control import Controller, Scale
 from emrakul.core.plan import Plan
 from emrakul.core.snapshot import Snapshot
@@ -113,3 +113,8 @@ def test_an_event_for_each_condition_that_flipped_and_none_twice(looks: list[tup
     } == {"Admitted", "Decided", "Passed", "Pruned"}
     assert len({event["metadata"]["name"] for event in found}) == 4
     assert not events(BODY, before, before)
+
+
+def test_settings_are_named_as_a_resource_writes_them() -> None:
+    said = in_resource_words("enable_checkpoint_pruning is false; raise checkpoint_analysis_timeout, not my_own_key")
+    assert said == "enableCheckpointPruning is false; raise checkpointAnalysisTimeout, not my_own_key"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from emrakul.api.policy import StoreSpec
 from emrakul.cluster.config import OperatorConfig
-from emrakul.cluster.kube import SECRETS, Body, Kube
+from emrakul.cluster.kube import SECRETS, Forbidden, Kube
 from leyline.envelope import SigningKey, Trust, signing_keys_from_environment, trust_from_environment
 from leyline.log import Log
 from leyline.open import open_store, probe
@@ -24,6 +24,9 @@ KEPT = 2_000
 """Opened runs that are kept: each holds its newest record and state."""
 SECRET_SECONDS = 60.0
 """How old a Secret may be: a rotated key is used after this long."""
+SECRET_BYTES = 200_000
+FILES = 100
+"""CA bundles that are kept as files."""
 
 
 class NotReady(Exception):
@@ -47,6 +50,8 @@ class OpenRun:
     store: ObjectStore
     log: Log
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    checked: int = -1
+    """The newest record that a status named and that was found in the log."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Runs:
     def __init__(self, kube: Kube, config: OperatorConfig) -> None:
         self._kube = kube
         self._config = config
-        self._open: OrderedDict[tuple[Access, _Reached], OpenRun] = OrderedDict()
-        self._secrets: dict[tuple[str, str], tuple[float, Body]] = {}
+        self._open: OrderedDict[Access, tuple[_Reached, OpenRun]] = OrderedDict()
+        self._secrets: dict[tuple[str, str], tuple[float, dict[str, str]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="emrakul-ca-")
         self.trust: Trust | None = trust_from_environment()
         self.keys: tuple[SigningKey, ...] = signing_keys_from_environment()
@@ -75,15 +80,21 @@ class Runs:
         NotReady if a Secret is missing; NoRun, StoreReverted, Refused, Unreachable, Unsuitable as the store says.
         """
         reached = await self._reach(access)
-        key = (access, reached)
-        if (found := self._open.get(key)) is not None:
-            self._open.move_to_end(key)
-            return found
-        made = await asyncio.to_thread(self._make, access, reached, seen)
-        kept = self._open.setdefault(key, made)
+        found = self._open.get(access)
+        if found is None or found[0] != reached:  # a rotated key: the old connection is of no use
+            made = await asyncio.to_thread(self._make, access, reached, seen)
+            found = self._open.get(access)
+            if found is None or found[0] != reached:  # nobody was faster
+                found = self._open[access] = (reached, made)
+        self._open.move_to_end(access)
         while len(self._open) > KEPT:
             self._open.popitem(last=False)
-        return kept
+        run = found[1]
+        if seen is not None and seen[0] > run.checked:
+            async with run.lock:
+                await asyncio.to_thread(run.log.expect, *seen)
+            run.checked = seen[0]
+        return run
 
     def _make(self, access: Access, reached: _Reached, seen: tuple[int, str] | None) -> OpenRun:
         store = open_store(
@@ -100,6 +111,15 @@ class Runs:
 
     async def _reach(self, access: Access) -> _Reached:
         spec = access.store
+        if (
+            spec.endpoint
+            and spec.credentials_secret_ref is None
+            and spec.endpoint != self._config.defaults.store.endpoint
+        ):
+            raise NotReady(
+                f"store.endpoint is {spec.endpoint} and no credentialsSecretRef is named; the operator's own identity "
+                "is only shown to the endpoint of its chart, so name a Secret"
+            )
         credentials = None
         if spec.credentials_secret_ref is not None:
             name = spec.credentials_secret_ref.name
@@ -119,17 +139,26 @@ class Runs:
 
     async def _secret(self, namespace: str, name: str) -> dict[str, str]:
         now = time.monotonic()
-        age, body = self._secrets.get((namespace, name), (0.0, None))
-        if body is None or now - age > SECRET_SECONDS:
+        self._secrets = {key: one for key, one in self._secrets.items() if now - one[0] < SECRET_SECONDS}
+        if (known := self._secrets.get((namespace, name))) is not None:
+            return known[1]
+        try:
             body = await self._kube.get(SECRETS, namespace, name)
-            if body is None:
-                raise NotReady(f"Secret {namespace}/{name} does not exist; create it with the store's credentials")
-            self._secrets[namespace, name] = (now, body)
-        return dict(body.get("data") or {})
+        except Forbidden as error:
+            raise NotReady(f"Secret {namespace}/{name} may not be read; secretNames of the chart lacks it") from error
+        if body is None:
+            raise NotReady(f"Secret {namespace}/{name} does not exist; create it with the store's credentials")
+        data = dict(body.get("data") or {})
+        if sum(map(len, data.values())) > SECRET_BYTES:
+            raise NotReady(f"Secret {namespace}/{name} is larger than {SECRET_BYTES:,} bytes; keep the key alone in it")
+        self._secrets[namespace, name] = (now, data)
+        return data
 
     def _file(self, pem: str) -> str:
         path = Path(self._folder.name) / f"{hashlib.sha256(pem.encode()).hexdigest()[:16]}.pem"
         if not path.exists():
+            for old in sorted(path.parent.iterdir(), key=lambda one: one.stat().st_mtime)[:-FILES]:
+                old.unlink()  # a client has read its own when it was made
             path.write_text(pem)
         return str(path)
 
@@ -137,4 +166,7 @@ class Runs:
 def _value(data: dict[str, str], key: str, namespace: str, name: str) -> str:
     if key not in data:
         raise NotReady(f"Secret {namespace}/{name} has no key {key}; it has {', '.join(sorted(data)) or 'none'}")
-    return base64.b64decode(data[key]).decode()
+    try:
+        return base64.b64decode(data[key]).decode()
+    except ValueError as error:
+        raise NotReady(f"Secret {namespace}/{name}: {key} is not text") from error

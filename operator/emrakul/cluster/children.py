@@ -7,11 +7,16 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from emrakul.cluster.kube import EVENTS, JOBS, PODS, AlreadyExists, Body, Kube, Unavailable
+from emrakul.api import labels
+from emrakul.cluster.kube import EVENTS, JOBS, PODS, AlreadyExists, Body, Kube, KubeError
 
 T = TypeVar("T")
 
 CALL_SECONDS = 120.0
+
+
+class Taken(KubeError):
+    """A Job of this name belongs to somebody else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +33,14 @@ class Children:
     async def found(self) -> tuple[Body, ...]:
         """All that are not being deleted."""
         found = await self.kube.list(JOBS, self.namespace, labels=f"{self.owner}={self.uid}")
-        return tuple(job for job in found.items if self._ours(job) and "deletionTimestamp" not in job["metadata"])
+        marks = {labels.PHASE, labels.STEP, labels.LAUNCH}
+        return tuple(
+            job
+            for job in found.items
+            if self._ours(job)
+            and "deletionTimestamp" not in job["metadata"]
+            and marks <= job["metadata"]["labels"].keys()
+        )
 
     async def remove(self, job: Body) -> None:
         meta = job["metadata"]
@@ -52,7 +64,7 @@ class Children:
             there = self._wait(self.kube.get(JOBS, self.namespace, job["metadata"]["name"]))
             if there is None or not self._ours(there) or "deletionTimestamp" in there["metadata"]:
                 name = f"{self.namespace}/{job['metadata']['name']}"
-                raise Unavailable(f"Job {name} of another owner is still there; waiting until it is gone") from error
+                raise Taken(f"Job {name} of another owner is there; it waits until that is gone") from error
 
     def delete(self, job: Body) -> None:
         self._wait(self.remove(job))

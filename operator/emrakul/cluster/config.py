@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from emrakul.api.policy import PodOverrides, StoreSpec
 from emrakul.api.resource import Label, Model, Text
 from emrakul.invalid import Invalid, read_yaml, sentence
+from emrakul.runtime.overrides import layered
 from emrakul.settings import Settings, refuse_floats
 
 ANY_NAMESPACE = "*"
@@ -90,6 +91,8 @@ def load_config(text: str, *, name: str = "operator configuration") -> OperatorC
         raise Invalid(f"{name} is no mapping of keys to values; the chart writes it from its values")
     refuse_floats(content, name)
     try:
-        return OperatorConfig.model_validate(content, by_alias=True, by_name=False)
+        config = OperatorConfig.model_validate(content, by_alias=True, by_name=False)
+        layered(config.workers.pod_overrides)
+        return config
     except ValidationError as error:
         raise Invalid(sentence(error, OperatorConfig, name=name, camel=True)) from error

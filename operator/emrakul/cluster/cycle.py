@@ -24,7 +24,7 @@ from emrakul.api.resource import API_VERSION, ConditionType
 from emrakul.asking import ask_for, base_of
 from emrakul.cluster import announce, figures, retention
 from emrakul.cluster.access import Access, NotReady, OpenRun
-from emrakul.cluster.children import Children
+from emrakul.cluster.children import Children, Taken
 from emrakul.cluster.kube import CYCLES, EVENTS, POLICIES, Body, Forbidden, KubeError, Rejected
 from emrakul.cluster.orphans import Orphans
 from emrakul.cluster.outbox import offer
@@ -42,6 +42,7 @@ from emrakul.runtime.overrides import layered
 from emrakul.runtime.pods import Owner, Terms
 from emrakul.timeline import phases
 from leyline.log import NoRun, StoreReverted
+from leyline.model import Malformed
 from leyline.reasons import Outcome, Reason
 from leyline.records import Admit
 from leyline.store import StoreError
@@ -55,6 +56,8 @@ FEW = 100
 """Live cycles up to which each is looked at so often."""
 STEPS = 50
 """Looks of one reconcile: more than a cycle has, so a fault of ours cannot turn without end."""
+KEPT_UNSENT_SECONDS = 7 * 86400.0
+"""How long a resource outlives its time while its sink has not taken the outcome."""
 KEPT = 256
 """Cycles whose readings are kept between two reconciles; those of others are read again."""
 SEARCHED = 300
@@ -96,6 +99,8 @@ class _Source:
     run: str
     frozen: Frozen
     spec: PolicySpec
+    withdrawn: Finding | None = None
+    """Its policy is gone: it ends on what was frozen if it has begun, and does not begin if it has not."""
 
 
 @dataclass(kw_only=True)
@@ -143,6 +148,9 @@ class CycleReconciler:
         if not self.services.ours(body):
             return None
         subject = _subject(key, body)
+        if isinstance(subject, str) and _status(body).cycle is not None:
+            log.warning("%s: %s", key, subject)
+            return RESYNC_SECONDS
         if isinstance(subject, str):
             generation = int(body["metadata"].get("generation", 0))
             status = refused(_status(body), Reason.INVALID_INPUT, subject, run=None, generation=generation, now=_now())
@@ -153,6 +161,9 @@ class CycleReconciler:
         try:
             return await self._drive(subject)
         except _Over as over:
+            if subject.status.cycle is not None:  # it is live in the log: only its record can end it
+                await self._unable(subject, "Waiting", str(over))
+                return RESYNC_SECONDS
             run = subject.cycle.spec.run
             done = refused(subject.status, over.reason, str(over), run=run, generation=subject.generation, now=_now())
             await self._conclude(subject, done)
@@ -169,33 +180,37 @@ class CycleReconciler:
             self.services.metrics.store_error(error)
             await self._unable(subject, "Waiting", str(error))
             raise
+        except (Malformed, ValidationError, Rejected, Forbidden) as error:
+            await self._unable(subject, "Waiting", str(error))
+            raise
 
     # --- the live cycle ---
 
     async def _drive(self, subject: _Subject) -> float | None:
         source = await self._source(subject)
         subject = replace(subject, status=subject.status.model_copy(update={"frozen": source.frozen}))
-        seen = subject.status.seen
         run = await self.services.runs.open(
             Access(namespace=subject.key.namespace, run=source.run, store=source.frozen.store),
-            seen=(seen.record, seen.digest) if seen else None,
+            seen=_seen(subject.status),
         )
         self._known[subject.key] = run.access
         self.services.attend(run.store.uri, subject.key)
         async with run.lock:
             ask, name = await asyncio.to_thread(self._ask, subject, run, source)
-        if name is None and (why := await self._overtaken(subject)) is not None:
-            ask = replace(ask, withdrawn=why)
+        if name is None:
+            ask = replace(ask, withdrawn=source.withdrawn or await self._overtaken(subject))
         driven = self._controller(subject, run, source, ask, name)
         for _ in range(STEPS):
             async with run.lock:
                 look = await asyncio.to_thread(driven.controller.look, ask)
-                facts = await asyncio.to_thread(_facts, run, look, driven.workers)
+                facts = await asyncio.to_thread(_facts, run, look, subject.status, driven.workers)
             self.services.health.store_answered(run.store.uri)
             if (other := _driven_by_another(subject, look)) is not None:
+                async with run.lock:
+                    left = await self.orphans.check(run)
                 await self._unable(subject, "Waiting", other)
-                return RESYNC_SECONDS
-            if not _is_ending(look):  # only what the log says has happened is told, and the next look says it
+                return min(left or RESYNC_SECONDS, RESYNC_SECONDS)
+            if _is_worth_telling(look):
                 subject = await self._tell(subject, look, facts)
             if subject.status.outcome is not None and (look.plan.refused or not look.plan.actions):
                 self.services.happened(run.store.uri, but=subject.key)
@@ -212,11 +227,11 @@ class CycleReconciler:
                 await asyncio.to_thread(driven.controller.act, look)
                 driven.refused_since = None
                 return
-            except (Rejected, Forbidden) as error:
+            except (Invalid, Rejected, Forbidden, Taken) as error:
                 now = self.services.loop.time()
                 since = driven.refused_since = driven.refused_since or now
                 limit = driven.controller.ask.settings.startup_timeout
-                if isinstance(error, Forbidden) and now - since < limit:
+                if isinstance(error, Forbidden | Taken) and now - since < limit:
                     refusal = error
                 else:
                     finding = Finding(Reason.NOT_SCHEDULED, str(error))
@@ -241,6 +256,9 @@ class CycleReconciler:
         defaults = config.defaults
         if _is_admitted(status) and status.frozen is not None and status.run is not None:
             source = _Source(run=status.run, frozen=status.frozen, spec=PolicySpec(run=status.run))
+        elif status.frozen is not None and status.run is not None and (gone := await self._policy_gone(subject)):
+            spec = PolicySpec(run=status.run)
+            source = _Source(run=status.run, frozen=status.frozen, spec=spec, withdrawn=gone)
         else:
             policy = await self._policy(subject)
             try:
@@ -265,21 +283,35 @@ class CycleReconciler:
         ref = subject.cycle.spec.policy_ref
         if ref is None:
             return None
+        if gone := await self._policy_gone(subject):
+            raise _Over(gone.reason, gone.message)
         body = await self.services.kube.get(POLICIES, subject.key.namespace, ref.name)
-        if subject.by_policy is not None and (
-            body is None or "deletionTimestamp" in body["metadata"] or body["metadata"]["uid"] != subject.by_policy
-        ):
-            raise _Over(Reason.SUPERSEDED, f"its policy {ref.name} was deleted before the cycle began")
         if body is None:
             raise _NotYet(f"there is no PruningPolicy {ref.name} in namespace {subject.key.namespace}; apply it")
         try:
-            return parse_resource(PruningPolicy, body, f"PruningPolicy {ref.name}")
+            return parse_resource(PruningPolicy, plain(body), f"PruningPolicy {ref.name}")
         except Invalid as error:
             raise _NotYet(str(error)) from error
+
+    async def _policy_gone(self, subject: _Subject) -> Finding | None:
+        """Why a policy's own cycle has no policy any more; another one of the same name did not make it."""
+        ref = subject.cycle.spec.policy_ref
+        if subject.by_policy is None or ref is None:
+            return None
+        body = await self.services.kube.get(POLICIES, subject.key.namespace, ref.name)
+        if (
+            body is not None
+            and "deletionTimestamp" not in body["metadata"]
+            and body["metadata"]["uid"] == subject.by_policy
+        ):
+            return None
+        return Finding(Reason.SUPERSEDED, f"its policy {ref.name} was deleted before the cycle began")
 
     def _ask(self, subject: _Subject, run: OpenRun, source: _Source) -> tuple[Ask, str | None]:
         """What is asked, and the cycle's name in the log if it is admitted. In a thread: it reads the log."""
         status = subject.status
+        if status.cycle is not None:
+            self._searched.discard(subject.uid)  # if the status is lost later, it is searched for again
         known = (status.base, status.cycle) if status.cycle and status.base is not None else self._own(subject, run)
         if known is not None:
             base, name = known
@@ -295,7 +327,7 @@ class CycleReconciler:
         return (
             replace(
                 ask,
-                operator_class=self.services.config.operator_class,
+                operator_class=self.services.identity,
                 resource=subject.resource,
                 images={"worker": images.worker, "validator": images.validator},
                 suspend=subject.cycle.spec.suspend,
@@ -321,7 +353,7 @@ class CycleReconciler:
         if subject.by_policy is None:
             return None
         selector = f"{labels.POLICY_UID}={subject.by_policy}"
-        others = (await self.services.kube.list(CYCLES, subject.key.namespace, labels=selector)).items
+        others = (await self.services.kube.list(CYCLES, subject.key.namespace, labels=selector, metadata=True)).items
         newest = max(others, key=retention.base_of, default=subject.body)
         if retention.base_of(newest) <= retention.base_of(subject.body):
             return None
@@ -431,6 +463,7 @@ class CycleReconciler:
             subject = await self._conclude(subject, current)
         run, unsent = await self._ended_run(subject), False
         if run is not None:
+            self.services.attend(run.store.uri, subject.key)  # what it committed may be rolled back
             async with run.lock:
                 undone = await asyncio.to_thread(_undone, run, status)
             if undone is not None:
@@ -440,6 +473,8 @@ class CycleReconciler:
         if left is None or left > 0:
             # what a sink has not taken may be given up for others: then it is offered again
             return min(left or RESYNC_SECONDS, RESYNC_SECONDS) if unsent else left
+        if unsent and left > -KEPT_UNSENT_SECONDS:
+            return RESYNC_SECONDS
         if await self.recorded(subject.key.namespace, status):
             await self.services.kube.delete(CYCLES, subject.key.namespace, subject.key.name, uid=subject.uid)
             return None
@@ -452,7 +487,7 @@ class CycleReconciler:
             return None
         access = Access(namespace=subject.key.namespace, run=status.run, store=status.frozen.store)
         try:
-            run = await self.services.runs.open(access)
+            run = await self.services.runs.open(access, seen=_seen(status))
         except (NotReady, StoreError) as error:
             log.debug("%s: %s", subject.key, error)
             return None
@@ -472,7 +507,7 @@ class CycleReconciler:
         if status.record is None or status.run is None or status.frozen is None:
             return status.cycle is None
         access = Access(namespace=namespace, run=status.run, store=status.frozen.store)
-        run = await self.services.runs.open(access)
+        run = await self.services.runs.open(access, seen=_seen(status))
         async with run.lock:
             record, _ = await asyncio.to_thread(run.log.read, status.record)
         return record.id == status.cycle
@@ -483,7 +518,13 @@ class CycleReconciler:
         access = self._known.get(key)
         if access is None:
             return None
-        run = await self.services.runs.open(access)
+        try:
+            run = await self.services.runs.open(access)
+        except (NotReady, NoRun) as error:  # its Secret went with it: the next cycle of the run ends this one
+            log.info("%s is deleted, and its run cannot be reached: %s", key, error)
+            self._known.pop(key, None)
+            self.services.leave(key)
+            return None
         async with run.lock:
             left = await self.orphans.check(run)
         if left is None:
@@ -509,10 +550,15 @@ def frozen_of(spec: PolicySpec, default: StoreSpec) -> Frozen:
 def _subject(key: Key, body: Body) -> _Subject | str:
     """The resource, or why it is none: older objects may not fit a newer schema."""
     try:
-        cycle = parse_resource(PruningCycle, body, f"PruningCycle {key.name}")
+        cycle = parse_resource(PruningCycle, plain(body), f"PruningCycle {key.name}")
     except Invalid as error:
         return str(error)
     return _Subject(key=key, body=body, cycle=cycle, status=_status(body))
+
+
+def plain(body: Body) -> Body:
+    """Without what others may hang on an object: labels and annotations are no input."""
+    return {**body, "metadata": {name: body["metadata"].get(name) for name in ("name", "namespace")}}
 
 
 def _status(body: Body) -> CycleStatus:
@@ -523,26 +569,37 @@ def _status(body: Body) -> CycleStatus:
         return CycleStatus()
 
 
+def _seen(status: CycleStatus) -> tuple[int, str] | None:
+    return (status.seen.record, status.seen.digest) if status.seen else None
+
+
 def _is_admitted(status: CycleStatus) -> bool:
     return any(c.type is ConditionType.ADMITTED and c.status == "True" for c in status.conditions)
 
 
-def _facts(run: OpenRun, look: Seen, workers: Mapping[Phase, int]) -> Facts:
-    """In a thread: it reads the log, and for an ended cycle when its objects were written."""
+def _facts(run: OpenRun, look: Seen, before: CycleStatus, workers: Mapping[Phase, int]) -> Facts:
+    """In a thread: it reads the log, and for an ended cycle when its objects were written. Both never change."""
     snapshot = look.snapshot
     record = snapshot.end or snapshot.admitted
+    seen = (before.seen.record, before.seen.digest) if before.seen else None
+    if record is not None and (seen is None or seen[0] != record.n):
+        seen = (record.n, run.log.read(record.n)[1])
     ended = snapshot.end is not None and snapshot.admitted is not None
     return Facts(
         run=run.store.uri,
-        seen=(record.n, run.log.read(record.n)[1]) if record else None,
+        seen=seen if record else None,
         seconds=phases(run.store, snapshot.admitted, snapshot.end) if ended and snapshot.admitted else None,
         workers=workers.get(Phase.ANALYSE),
     )
 
 
-def _is_ending(look: Seen) -> bool:
-    """Whether this very look decided the end: until its record stands there is nothing to tell of it."""
-    return any(isinstance(action, plan.End) for action in look.plan.actions)
+def _is_worth_telling(look: Seen) -> bool:
+    """Before it begins, whenever it waits or works for long, and once it has ended: between, the next look is near.
+
+    Of an end nothing is told until its record stands: another one may come first.
+    """
+    actions = look.plan.actions
+    return not actions or look.snapshot.end is not None or isinstance(actions[0], plan.Admit | plan.Decide)
 
 
 def _driven_by_another(subject: _Subject, look: Seen) -> str | None:

@@ -63,7 +63,7 @@ def settings() -> kopf.OperatorSettings:
     found.watching.server_timeout = 300
     found.watching.client_timeout = 310
     found.watching.reconnect_backoff = 1.0
-    found.watching.chunk_size = 500
+    found.watching.chunk_size = 100
     found.watching.label_selectors["batch", "v1", "jobs"] = f"{labels.MANAGED_BY}={labels.EMRAKUL}"
     return found
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -12,7 +14,7 @@ from kubernetes.aio import client, config
 
 FIELD_MANAGER = "emrakul-operator"
 TIMEOUT_SECONDS = 30.0
-PAGE = 500
+PAGE = 100
 """Objects of one page of a listing."""
 
 Body = dict[str, Any]
@@ -72,6 +74,9 @@ class Kube:
 
     def __init__(self, api: client.ApiClient, *, asked: Callable[[str, int], None] = lambda _verb, _code: None) -> None:
         """`asked` is told of every request: its verb and the answer's code, 0 for none."""
+        authority = api.configuration.ssl_ca_cert
+        self.cluster = hashlib.sha256(Path(authority).read_bytes()).hexdigest()[:12] if authority else ""
+        """Tells this cluster from others that share a store with it, by its certificate authority."""
         self._api = api
         self._asked = asked
 

@@ -85,6 +85,7 @@ async def operate(config: OperatorConfig) -> None:
             health.heard()
             supervisor.wake(key)
 
+        config = await _readable(kube, config)
         await _list(kube, config, freshness, wake=supervisor.wake)
         health.listed()
         running = asyncio.create_task(supervisor.run(), name="supervisor")
@@ -133,6 +134,20 @@ async def _listen(kube: Kube, config: OperatorConfig, freshness: Freshness, heal
         except Ended as error:
             health.deaf = str(error)
             raise
+
+
+async def _readable(kube: Kube, config: OperatorConfig) -> OperatorConfig:
+    """Without namespaces whose Role is gone, as after their deletion: one tenant's end must not be everybody's."""
+    found = []
+    for namespace in config.namespaces:
+        try:
+            await kube.list(CYCLES, namespace, metadata=True)
+            found.append(namespace)
+        except Forbidden as error:
+            log.warning("namespace %s is left out until the next start: %s", namespace, error)
+    if config.namespaces and not found:
+        raise Ended(f"none of the namespaces {', '.join(config.namespaces)} can be listed; may this account do it?")
+    return config.model_copy(update={"namespaces": tuple(found)})
 
 
 async def _list(kube: Kube, config: OperatorConfig, freshness: Freshness, *, wake: Any = None) -> None:

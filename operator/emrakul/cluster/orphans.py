@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from emrakul.cluster.access import OpenRun
-from emrakul.cluster.kube import CYCLES
+from emrakul.cluster.kube import CYCLES, Forbidden
 from emrakul.cluster.services import Services
 from emrakul.control import Controller
 from emrakul.core import ending
@@ -37,8 +37,11 @@ class Orphans:
         assert isinstance(admitted.body, Admit)
         resource = admitted.body.resource
         namespace, name, uid = resource.split("/")
-        body = await self.services.kube.get(CYCLES, namespace, name)
-        if body is not None and body["metadata"]["uid"] == uid:
+        try:
+            body = await self.services.kube.get(CYCLES, namespace, name)
+        except Forbidden:  # a namespace that is not ours to look into
+            return None
+        if body is not None and body["metadata"]["uid"] == uid and "deletionTimestamp" not in body["metadata"]:
             self._absent.pop(resource, None)
             return None
         now = self.services.loop.time()
@@ -54,7 +57,7 @@ class Orphans:
         return (
             isinstance(body, Admit)
             and body.runtime == KubernetesRuntime.name
-            and body.operator_class == self.services.config.operator_class
+            and body.operator_class == self.services.identity
             and body.resource.count("/") == 2
         )
 

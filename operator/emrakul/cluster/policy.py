@@ -18,8 +18,8 @@ from emrakul.api.resource import API_VERSION, Condition, ConditionStatus, Condit
 from emrakul.asking import ask_for
 from emrakul.cluster import retention
 from emrakul.cluster.access import Access, NotReady, OpenRun
-from emrakul.cluster.cycle import CycleReconciler, frozen_of
-from emrakul.cluster.kube import CYCLES, POLICIES, AlreadyExists, Body
+from emrakul.cluster.cycle import CycleReconciler, frozen_of, plain
+from emrakul.cluster.kube import CYCLES, POLICIES, AlreadyExists, Body, Forbidden, Rejected
 from emrakul.cluster.orphans import Orphans
 from emrakul.cluster.outbox import offer
 from emrakul.cluster.recheck import Recheck
@@ -33,6 +33,7 @@ from leyline import layout
 from leyline.fold import RunState
 from leyline.log import NoRun, StoreReverted
 from leyline.messages import SystemStatePacket
+from leyline.model import Malformed
 from leyline.reasons import REMEDY, Reason
 from leyline.records import Publish
 from leyline.store import NotFound, StoreError
@@ -51,6 +52,8 @@ class _Followed:
 
     follower: Follower
     run: OpenRun
+    version: tuple[str, int]
+    """UID and generation of the policy that it was made for."""
     tidied: float = float("-inf")
     counted: int = -1
     """The newest publish, by record, for which the trainer's own figures were counted."""
@@ -75,7 +78,7 @@ class PolicyReconciler:
             return None
         before = _status(body)
         try:
-            policy = parse_resource(PruningPolicy, body, f"PruningPolicy {key.name}")
+            policy = parse_resource(PruningPolicy, plain(body), f"PruningPolicy {key.name}")
         except Invalid as error:
             await self._unready(key, body, before, "Invalid", str(error))
             return None
@@ -103,6 +106,9 @@ class PolicyReconciler:
             self.services.metrics.store_error(error)
             await self._unready(key, body, before, "StoreUnreachable", str(error))
             raise
+        except (Malformed, ValidationError, Rejected, Forbidden) as error:
+            await self._unready(key, body, before, "Invalid", str(error))
+            raise
 
     async def _follow(self, key: Key, body: Body, policy: PruningPolicy, before: PolicyStatus) -> float:
         spec = policy.spec
@@ -121,29 +127,31 @@ class PolicyReconciler:
                     break
                 log.info("%s: %s", key, done)
                 self.services.happened(run.store.uri, but=key)
+            status = await asyncio.to_thread(_told, before, body, run, state, follower)
             next_ = due(state, every=spec.every)
             left = await self.orphans.check(run) if state.live is not None else None
             await asyncio.to_thread(self._count_report, followed, state)
-        if state.rolled_back > followed.sent:
-            await self._send(spec, run, state)
+        if state.rolled_back > followed.sent and not await self._send(spec, run, state):
             followed.sent = state.rolled_back
         self.services.health.store_answered(run.store.uri)
         self.services.metrics.run_state(run.store.uri, state.ladder.stage, state.breaker.state)
         if next_ is not None:
             await self._begin(key, body, policy, run, next_)
-        await self._write(key, body, before, _told(before, body, run, state, follower))
+        await self._write(key, body, before, status)
         if self.services.loop.time() - followed.tidied > RESYNC_SECONDS:
-            await self._tidy(key, body, spec)
             followed.tidied = self.services.loop.time()
+            await self._tidy(key, body, spec)
         return min(self._poll(), left) if left else self._poll()
 
     def _follower(self, key: Key, body: Body, spec: PolicySpec, run: OpenRun) -> _Followed:
         known = self._followed.get(key)
-        if known is None or known.run is not run:
+        version = (body["metadata"]["uid"], body["metadata"].get("generation", 0))
+        if known is None or known.run is not run or known.version != version:
             check = Recheck.of(self.services, key, body, spec)
             follower = Follower(run.store, run.log, spec, trust=self.services.runs.trust, validate=check)
-            known = self._followed[key] = _Followed(follower=follower, run=run)
-        known.follower.policy = spec
+            counted = known.counted if known is not None and known.run is run else -1
+            known = _Followed(follower=follower, run=run, version=version, counted=counted)
+            self._followed[key] = known
         return known
 
     def _forget(self, key: Key) -> None:
@@ -197,8 +205,11 @@ class PolicyReconciler:
         found = await self.services.kube.list(CYCLES, key.namespace, labels=selector)
         for ended in retention.beyond(found.items, spec.history_limit):
             meta = ended["metadata"]
-            if await self.cycles.recorded(key.namespace, CycleStatus.model_validate(ended["status"])):
-                await self.services.kube.delete(CYCLES, key.namespace, meta["name"], uid=meta["uid"])
+            try:
+                if await self.cycles.recorded(key.namespace, CycleStatus.model_validate(ended["status"])):
+                    await self.services.kube.delete(CYCLES, key.namespace, meta["name"], uid=meta["uid"])
+            except (NotReady, StoreError, Malformed, ValidationError) as error:
+                log.info("cycle %s/%s stays, its record cannot be read: %s", key.namespace, meta["name"], error)
 
     # --- what is told ---
 
@@ -216,11 +227,12 @@ class PolicyReconciler:
             packet = SystemStatePacket.parse(followed.run.store.get(key), name=key)
             self.services.metrics.trainer(packet.held_seconds, packet.tracking_share)
 
-    async def _send(self, spec: PolicySpec, run: OpenRun, state: RunState) -> None:
-        """A rollback's results go out like a cycle's."""
+    async def _send(self, spec: PolicySpec, run: OpenRun, state: RunState) -> bool:
+        """A rollback's results go out like a cycle's. Whether they still wait for the sink."""
         url = spec.sink or self.services.config.sink
-        if url is not None and state.rolled_back >= 0:
-            await offer(self.services.sinks, url, run, f"rollback-{state.rolled_back}")
+        if url is None or state.rolled_back < 0:
+            return False
+        return await offer(self.services.sinks, url, run, f"rollback-{state.rolled_back}")
 
     async def _unready(self, key: Key, body: Body, before: PolicyStatus, reason: str, message: str) -> None:
         generation = int(body["metadata"].get("generation", 0))

@@ -7,9 +7,10 @@ from typing import Any
 
 from emrakul.api import labels
 from emrakul.api.policy import PolicySpec
-from emrakul.cluster.children import Children
+from emrakul.cluster.children import Children, Taken
 from emrakul.cluster.config import OperatorConfig
 from emrakul.cluster.cycle import frozen_of
+from emrakul.cluster.kube import Forbidden, Rejected
 from emrakul.cluster.services import Services
 from emrakul.cluster.supervisor import Key
 from emrakul.rollback import NoAnswer
@@ -51,9 +52,10 @@ class Recheck:
 
     def __call__(self, record: int) -> str | None:
         found = [job for job in self.children.list() if job["metadata"]["labels"].get(labels.STEP) == str(record)]
-        attempt = len(found)
+        attempt = 0
         if found:
             newest = max(found, key=lambda job: int(job["metadata"]["labels"][labels.LAUNCH]))
+            attempt = int(newest["metadata"]["labels"][labels.LAUNCH]) + 1
             match _ended(newest):
                 case None:
                     raise NoAnswer(f"the validator is looking at record {record}")
@@ -67,7 +69,10 @@ class Recheck:
                 return said or f"record {record} breaks a rule; the validator's exit code was {exits.BAD_INPUT}"
             if attempt >= ATTEMPTS:
                 raise NoAnswer(f"the validator could not judge record {record}: {said or 'its pods never ran'}")
-        self.children.create(recheck(self.terms, run_uri=self.run, record=record, attempt=attempt))
+        try:
+            self.children.create(recheck(self.terms, run_uri=self.run, record=record, attempt=attempt))
+        except (Rejected, Forbidden, Taken) as error:
+            raise NoAnswer(f"the validator cannot be started for record {record}: {error}") from error
         raise NoAnswer(f"the validator was started for record {record}")
 
     def _clear(self, jobs: list[dict[str, Any]]) -> None:

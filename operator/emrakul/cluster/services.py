@@ -34,6 +34,11 @@ class Services:
     """Keys by run URI that want to know when something happens there. Only wakes: nothing is lost without it."""
 
     @property
+    def identity(self) -> str:
+        """How the log names this operator: what another one admitted is not ours to end."""
+        return f"{self.config.operator_class}@{self.kube.cluster}"
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+
+from pydantic import BaseModel
+from pydantic.alias_generators import to_camel
 
 from emrakul.api.cycle import (
     AccuracyStatus,
@@ -22,10 +26,14 @@ from emrakul.api.resource import Condition, ConditionStatus, ConditionType, set_
 from emrakul.core.ending import accuracy
 from emrakul.core.plan import Plan
 from emrakul.core.snapshot import Phase, Snapshot
+from emrakul.settings import Settings
 from leyline import layout
 from leyline.messages import Budget
 from leyline.reasons import OUTCOME_OF, REMEDY, Outcome, Reason
 from leyline.records import Admit, End, Prune
+
+BUDGETS = 64
+"""Of a decision, those that a status has room for; decision.json has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,7 @@ def cycle_status(
     outcome, reason = _outcome(snapshot, plan)
     message = _message(plan, reason)
     decision = snapshot.decision
-    budgets = tuple(_budget(one) for one in decision.budgets) if decision else ()
+    budgets = tuple(_budget(one) for one in decision.budgets[:BUDGETS]) if decision else ()
     newest = snapshot.rounds[-1] if snapshot.rounds else None
     admit = snapshot.admitted.body if snapshot.admitted else None
     masks = end.masks if end and isinstance(end.body, Prune) else None
@@ -66,7 +74,7 @@ def cycle_status(
         stage=admit.stage if isinstance(admit, Admit) else None,
         run=facts.run,
         checkpoint=snapshot.pair.checkpoint if snapshot.pair else None,
-        base=snapshot.base,
+        base=snapshot.ask.base,
         record=end.n if end else None,
         workers=facts.workers if facts.workers is not None else before.workers,
         requests=RequestCount(answered=newest.answered, total=newest.requests) if newest else None,
@@ -135,8 +143,22 @@ def _outcome(snapshot: Snapshot, plan: Plan) -> tuple[Outcome | None, Reason | N
 
 def _message(plan: Plan, reason: Reason | None) -> str:
     if reason is None or REMEDY[reason] in plan.message:
-        return plan.message
-    return f"{plan.message.rstrip('.')}. {REMEDY[reason]}"
+        return in_resource_words(plan.message)
+    return in_resource_words(f"{plan.message.rstrip('.')}. {REMEDY[reason]}")
+
+
+def in_resource_words(text: str) -> str:
+    """Settings as they are written in a resource: whoever reads a status has one in hand, and not a file."""
+    return _KEYS.sub(lambda key: to_camel(key.group()), text)
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    inner = [field.annotation for field in model.model_fields.values()]
+    sections = [one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)]
+    return {name for name in model.model_fields if "_" in name}.union(*map(_keys, sections))
+
+
+_KEYS = re.compile(rf"\b({'|'.join(sorted(_keys(Settings), key=len, reverse=True))})\b")
 
 
 def _conditions(

@@ -42,10 +42,14 @@ Reconcile = Callable[[Key], Awaitable[float | None]]
 @dataclass
 class _State:
     due: float | None = None
+    queued: bool = False
+    """Its turn has come, and it waits for a free hand."""
     running: bool = False
     again: bool = False
     """Woken while it ran: what it read may be old."""
     failures: int = 0
+    retry: float = 0.0
+    """After a failure, not before: a failure that writes a status must not wake itself."""
 
 
 class Supervisor:
@@ -63,14 +67,17 @@ class Supervisor:
         self._numbers = count()
         self._changed = asyncio.Event()
         self._slots = asyncio.Semaphore(workers)
+        self._rooms: dict[str, asyncio.Semaphore] = {}
 
     def wake(self, key: Key, *, after: float = 0.0) -> None:
         """Look at this key, now or after so many seconds; an earlier time that was set before stays."""
         state = self._states.setdefault(key, _State())
+        if state.queued:
+            return
         if state.running:
             state.again = True
             return
-        self._schedule(key, state, asyncio.get_running_loop().time() + after)
+        self._schedule(key, state, max(asyncio.get_running_loop().time() + after, state.retry))
 
     def __len__(self) -> int:
         """Keys that are known."""
@@ -88,15 +95,14 @@ class Supervisor:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._changed.wait(), left)
                     continue
-                self._states[key].running = True
-                await self._slots.acquire()
+                self._states[key].queued = True
                 tasks.create_task(self._one(key), name=str(key))
 
     def _next(self, now: float) -> Key | None:
         while self._due and self._due[0][0] <= now:
             due, _, key = heapq.heappop(self._due)
             state = self._states.get(key)
-            if state is not None and state.due == due and not state.running:
+            if state is not None and state.due == due and not (state.running or state.queued):
                 state.due = None
                 return key
         return None
@@ -110,9 +116,20 @@ class Supervisor:
 
     async def _one(self, key: Key) -> None:
         state = self._states[key]
+        async with self._room(key.namespace), self._slots:
+            state.queued, state.running = False, True
+            after = await self._look(key, state)
+            state.running = False
+        self._after(key, state, after)
+
+    def _room(self, namespace: str) -> asyncio.Semaphore:
+        """Half of the hands at the most: a tenant whose store hangs must not hold up all others."""
+        return self._rooms.setdefault(namespace, asyncio.Semaphore(max(1, self._workers // 2)))
+
+    async def _look(self, key: Key, state: _State) -> float | None:
         try:
             after = await self._reconcile(key)
-            state.failures = 0
+            state.failures, state.retry = 0, 0.0
         except Exception as error:
             state.failures += 1
             after = min(BACKOFF_SECONDS[0] * 2 ** (state.failures - 1), BACKOFF_SECONDS[1])
@@ -120,13 +137,14 @@ class Supervisor:
                 log.warning("%s: %s; looking again in %.0f s", key, error, after)
             else:
                 log.exception("%s: a fault of ours; looking again in %.0f s", key, after)
-        finally:
-            self._slots.release()
-            state.running = False
+            state.retry = asyncio.get_running_loop().time() + after
+        return after
+
+    def _after(self, key: Key, state: _State, after: float | None) -> None:
         now = asyncio.get_running_loop().time()
-        if state.again:
-            state.again = False
-            self._schedule(key, state, now)
+        again, state.again = state.again, False
+        if again:
+            self._schedule(key, state, max(now, state.retry))
         elif after is None:
             del self._states[key]
         else:

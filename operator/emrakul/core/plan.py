@@ -171,7 +171,7 @@ def _another_is_live(s: Snapshot, now: datetime) -> Plan | None:
     longest = max(its.checkpoint_analysis_timeout, its.validation_timeout)
     limit = timedelta(seconds=its.startup_timeout + longest) + GRACE
     # an operator drives what it admitted, however long a queue holds it back, and sees what was deleted by itself
-    its_own = bool(s.ask.resource) and live.runtime == s.ask.runtime
+    its_own = bool(s.ask.resource) and (live.runtime, s.live_operator) == (s.ask.runtime, s.ask.operator_class)
     if quiet > limit and not its_own:
         why = f"cycle {live.id} has not moved for {quiet.total_seconds():.0f} s; no process drives it any more"
         return Plan(state="Waiting", actions=(Abandon(live.id, Finding(Reason.ABANDONED, why)),))
@@ -356,7 +356,7 @@ def _work(s: Snapshot, now: datetime, phase: Phase, step: int, limit: timedelta,
         return Plan(state=state, actions=(Launch(phase, launch, step),), message=message)
     job = mine[-1]
     mark = s.marks.get((phase, job.launch))
-    if mark is not None and now - mark > limit:
+    if mark is not None and not job.suspended and now - mark > limit:
         return _end(_over_time(phase, limit, message))
     if not job.running:
         return _end(_ended_badly(phase, job, message))

@@ -125,6 +125,8 @@ class Snapshot:
     """When another live cycle was last active, by the store's clock."""
     live_settings: Settings | None = None
     """The other live cycle's own settings, frozen when it was admitted: its limits are theirs."""
+    live_operator: str = ""
+    """The operator that admitted the other live cycle."""
     ready: CheckpointMetadata | None = None
     groups: int = 0
     """Groups in the checkpoint's topology."""
