@@ -104,14 +104,14 @@ def jobs(stage: Stage) -> list[str]:
 def staged(place: Place, name: str) -> Iterator[tuple[Stage, Proxy]]:
     stage = Stage(place.server, place.api, place.s3, place.folder / name)
     stage.folder.mkdir()
-    try:
-        with proxy(place.server, stage.folder) as between:
-            stage.kubeconfig = between.kubeconfig
-            stage.publish()
+    with proxy(place.server, stage.folder) as between:
+        stage.kubeconfig = between.kubeconfig
+        stage.publish()
+        try:
             stage.begin()
             yield stage, between
-    finally:
-        stage.end(told=False)
+        finally:
+            stage.end(told=False)
 
 
 def tell(place: Place, story: Story, *, write: int = 0, lost: bool = False) -> Told:

@@ -59,11 +59,50 @@ def test_keys_do_not_wait_for_each_other_but_for_a_free_hand() -> None:
 
     async def test(supervisor: Supervisor) -> None:
         for n in range(6):
-            supervisor.wake(Key("PruningCycle", "team", str(n)))
+            supervisor.wake(Key("PruningCycle", f"team-{n}", "one"))
         await asyncio.sleep(0.4)
 
     supervised(test, reconcile, workers=3)
     assert most == 3
+
+
+def test_a_tenant_whose_store_hangs_does_not_hold_up_another() -> None:
+    done: list[str] = []
+
+    async def reconcile(key: Key) -> None:
+        await asyncio.sleep(60 if key.namespace == "slow" else 0)
+        done.append(key.namespace)
+
+    async def test(supervisor: Supervisor) -> None:
+        for n in range(20):
+            supervisor.wake(Key("PruningCycle", "slow", str(n)))
+        await asyncio.sleep(0.05)
+        supervisor.wake(Key("PruningCycle", "quick", "one"))
+        await asyncio.sleep(0.1)
+
+    supervised(test, reconcile, workers=4)
+    assert done == ["quick"]
+
+
+def test_a_failure_that_is_told_does_not_wake_itself() -> None:
+    looks = 0
+
+    async def test(supervisor: Supervisor) -> None:
+        async def fail(key: Key) -> None:
+            nonlocal looks
+            looks += 1
+            asyncio.get_running_loop().call_later(0.01, supervisor.wake, key)  # the event of the status it wrote
+            raise OSError("away")
+
+        supervisor._reconcile = fail
+        supervisor.wake(A)
+        await asyncio.sleep(0.5)
+
+    async def nothing(_key: Key) -> None:
+        return None
+
+    supervised(test, nothing, expected=(OSError,))
+    assert looks == 1
 
 
 def test_what_a_reconcile_answers_is_when_it_is_looked_at_again() -> None:
