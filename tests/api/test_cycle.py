@@ -64,7 +64,7 @@ def test_eight_lines_by_hand_say_which_key_is_to_be_changed(stage: Stage) -> Non
     stage.begin(defaults={"store": stage.store_spec, "settings": settings})
     stage.paste(BY_HAND.format(checkpoint=stage.checkpoint))
     status = stage.reached("ValidatedOnly", "by-hand")
-    assert "Set enable_checkpoint_pruning: true" in status["message"]
+    assert "Set enableCheckpointPruning: true" in status["message"]
     assert conditions(status) == {**CONDITIONS, "Committed": "False"}
     assert "masks" not in status
 

@@ -64,10 +64,15 @@ def store(cluster: Cluster, images: Images) -> Iterator[SeaweedFS]:
 
 
 @pytest.fixture(scope="session")
-def installed(cluster: Cluster, images: Images) -> Release:
-    """The operator of the whole cluster, for all tests."""
+def installed(cluster: Cluster, images: Images, store: SeaweedFS) -> Release:
+    """The operator of the whole cluster, for all tests.
+
+    One of an earlier session goes: it remembers that session's runs, and would rightly refuse others in their place.
+    """
     release = Release(cluster, images, "emrakul", "emrakul-system")
     release.install()
+    release.kill()
+    release.wait_ready()
     return release
 
 

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.timeout(1200)
 def trained(cluster: Cluster, installed: Release, store: SeaweedFS, images: Images) -> Tenant:
     """The examples as they stand, but for the trainer's image and fewer epochs; returns once the Job is complete."""
     installed.wait_ready()
+    cluster.kubectl("delete", "namespace", "digits", "--ignore-not-found")  # of an earlier session
     for name in FILES:
         text = (EXAMPLES / name).read_text()
         text = text.replace("image: emrakul/trainer:0.1.0", f"image: {images.trainer}")

@@ -84,7 +84,9 @@ def test_a_list_that_goes_back_is_deaf_at_once(heard: Freshness) -> None:
     assert heard.listed(CYCLES, "10", {"a": "9", "b": "10"}, 60) is None
     why = heard.listed(CYCLES, "8", {"a": "8"}, 120)
     assert why is not None
-    assert why.startswith("the listing of pruningcycles is at version 8, and 10 was seen before: the cluster's data went")
+    assert why.startswith(
+        "the listing of pruningcycles is at version 8, and 10 was seen before: the cluster's data went"
+    )
 
 
 def test_what_was_told_before_the_listing_must_be_in_it(heard: Freshness) -> None:
