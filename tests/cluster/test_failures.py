@@ -29,7 +29,7 @@ def test_a_worker_over_its_memory_limit(tenant: Tenant) -> None:
 
     assert outcome(status) == "Skipped/OutOfMemory"
     assert "validate: a worker was OOMKilled at its limit of 96 MB" in status["message"]
-    assert "validation_memory_limit" in status["message"]
+    assert "validationMemoryLimit" in status["message"]
 
 
 def test_a_pod_that_can_never_be_scheduled(tenant: Tenant) -> None:
