@@ -23,7 +23,7 @@ from leyline.local import LocalStore
 from leyline.store import ObjectStore
 from runs import published_run
 
-MANY = 100
+MANY = 1000
 PEAK_RSS = 300e6
 SECONDS = 360.0
 """From the start of the operator to the last outcome."""

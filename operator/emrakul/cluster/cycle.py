@@ -110,8 +110,8 @@ class _Driven:
     controller: Controller
     runtime: KubernetesRuntime
     run: OpenRun
-    workers: Mapping[Phase, int]
-    """Of each phase that this process launched."""
+    seconds: Mapping[str, float] | None = None
+    """Of each phase, once the cycle has ended."""
     refused_since: float | None = None
     """When the API server first said no to what the cycle needs, by the loop's clock."""
 
@@ -203,7 +203,7 @@ class CycleReconciler:
         for _ in range(STEPS):
             async with run.lock:
                 look = await asyncio.to_thread(driven.controller.look, ask)
-                facts = await asyncio.to_thread(_facts, run, look, subject.status, driven.workers)
+                facts = await asyncio.to_thread(_facts, driven, look, subject.status)
             self.services.health.store_answered(run.store.uri)
             if (other := _driven_by_another(subject, look)) is not None:
                 async with run.lock:
@@ -367,12 +367,10 @@ class CycleReconciler:
             kept.runtime.forget()
             return kept
         made: list[KubernetesRuntime] = []
-        workers: dict[Phase, int] = {}
         children = self._children(subject)
 
         def runtime(uri: str) -> KubernetesRuntime:
             def build(phase: Phase, launch: int, step: int, count: int, memory_bytes: int, now: datetime) -> Body:
-                workers[phase] = count
                 terms = self._terms(subject, source, controller.ask)
                 body = job(
                     terms, phase, cycle_uri=uri, launch=launch, step=step, workers=count, memory_bytes=memory_bytes
@@ -383,7 +381,7 @@ class CycleReconciler:
             return made[0]
 
         controller = Controller(run.store, run.log, ask, runtime, trust=self.services.runs.trust, cycle=name)
-        driven = _Driven(controller=controller, runtime=made[0], run=run, workers=workers)
+        driven = _Driven(controller=controller, runtime=made[0], run=run)
         self._driven[subject.uid] = driven
         while len(self._driven) > KEPT:
             self._driven.popitem(last=False)
@@ -577,19 +575,20 @@ def _is_admitted(status: CycleStatus) -> bool:
     return any(c.type is ConditionType.ADMITTED and c.status == "True" for c in status.conditions)
 
 
-def _facts(run: OpenRun, look: Seen, before: CycleStatus, workers: Mapping[Phase, int]) -> Facts:
+def _facts(driven: _Driven, look: Seen, before: CycleStatus) -> Facts:
     """In a thread: it reads the log, and for an ended cycle when its objects were written. Both never change."""
-    snapshot = look.snapshot
+    run, snapshot = driven.run, look.snapshot
     record = snapshot.end or snapshot.admitted
     seen = (before.seen.record, before.seen.digest) if before.seen else None
     if record is not None and (seen is None or seen[0] != record.n):
         seen = (record.n, run.log.read(record.n)[1])
-    ended = snapshot.end is not None and snapshot.admitted is not None
+    if driven.seconds is None and snapshot.end is not None and snapshot.admitted is not None:
+        driven.seconds = phases(run.store, snapshot.admitted, snapshot.end)
     return Facts(
         run=run.store.uri,
         seen=seen if record else None,
-        seconds=phases(run.store, snapshot.admitted, snapshot.end) if ended and snapshot.admitted else None,
-        workers=workers.get(Phase.ANALYSE),
+        seconds=driven.seconds,
+        workers=driven.runtime.workers(Phase.ANALYSE),
     )
 
 

@@ -64,6 +64,11 @@ class KubernetesRuntime:
                 self._jobs.delete(body)
         self._found = None
 
+    def workers(self, phase: Phase) -> int | None:
+        """Of the newest launch of a phase, while its Job is there."""
+        counts = [int(body["spec"].get("completions", 1)) for body, job in self._look() if job.phase is phase]
+        return counts[-1] if counts else None
+
     def forget(self) -> None:
         """Read the Jobs anew at the next look."""
         self._found = None
