@@ -425,6 +425,14 @@ def _loader() -> botocore.loaders.Loader:
     return botocore.loaders.Loader()
 
 
+def _time(text: str) -> datetime:
+    """ISO 8601 in listings, else the format of HTTP headers."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return parsedate_to_datetime(text)
+
+
 @lru_cache(maxsize=64)
 def _client(
     *,
@@ -453,7 +461,10 @@ def _client(
         aws_secret_access_key=given.secret_key if given else None,
         aws_session_token=given.session_token if given else None,
     )
+    # botocore guesses how a time is written, and describes this machine in every request: a tenth of what one costs
+    session._session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
     config = Config(
+        user_agent="emrakul",
         connect_timeout=min(5.0, deadline),
         read_timeout=min(60.0, max(deadline, 1.0)),
         max_pool_connections=16,

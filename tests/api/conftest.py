@@ -20,6 +20,11 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         built(COMPONENTS)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one that waits for ten minutes comes first, so that the others run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_idle.py")
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[ApiServer]:
     """One API server for all tests of a process: each test makes its own namespace."""

@@ -41,7 +41,8 @@ def test_an_idle_operator_writes_nothing_for_ten_minutes(stage: Stage) -> None:
         # and it has not gone deaf
         stage.cycle("later", policyRef={"name": "digits"})
         wait_for(lambda: stage.status("later").get("outcome"), seconds=20)
-    assert stage.errors() == []
+        assert stage.errors() == []
+        stage.operator.kill()
 
 
 def versions(stage: Stage) -> dict[str, str]:

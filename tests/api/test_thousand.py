@@ -25,8 +25,8 @@ from runs import published_run
 
 MANY = 1000
 PEAK_RSS = 300e6
-SECONDS = 360.0
-"""From the start of the operator to the last outcome."""
+SECONDS = 800.0
+"""From the start of the operator to the last outcome, beside whatever else runs; alone it takes half of that."""
 
 
 @dataclass

@@ -65,7 +65,7 @@ def test_a_training_ends_with_masks_that_a_cycle_committed(trained: Tenant) -> N
         assert status["masks"]["digest"] == sha256_hex(masks)
     worn = trained.get("pruningpolicy", "digits")["status"]
     assert worn["tip"]["counts"] == tip.masks.counts
-    assert worn["cycles"]["Committed"] == len(pruned)
+    assert worn["cycles"]["Committed/Pruned"] == len(pruned)
 
 
 def test_the_command_line_gives_the_same_bytes(trained: Tenant, tmp_path: Path) -> None:

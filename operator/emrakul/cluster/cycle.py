@@ -203,14 +203,15 @@ class CycleReconciler:
         for _ in range(STEPS):
             async with run.lock:
                 look = await asyncio.to_thread(driven.controller.look, ask)
-                facts = await asyncio.to_thread(_facts, driven, look, subject.status)
+                worth = _is_worth_telling(look)
+                facts = await asyncio.to_thread(_facts, driven, look, subject.status) if worth else None
             self.services.health.store_answered(run.store.uri)
             if (other := _driven_by_another(subject, look)) is not None:
                 async with run.lock:
                     left = await self.orphans.check(run)
                 await self._unable(subject, "Waiting", other)
                 return min(left or RESYNC_SECONDS, RESYNC_SECONDS)
-            if _is_worth_telling(look):
+            if facts is not None:
                 subject = await self._tell(subject, look, facts)
             if subject.status.outcome is not None and (look.plan.refused or not look.plan.actions):
                 self.services.happened(run.store.uri, but=subject.key)
