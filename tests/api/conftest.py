@@ -55,3 +55,12 @@ def stage(server: ApiServer, api: Api, s3: S3Server, tmp_path: Path) -> Iterator
     stage.publish()
     yield stage
     stage.end()
+
+
+@pytest.fixture
+def other(server: ApiServer, api: Api, s3: S3Server, tmp_path: Path) -> Iterator[Stage]:
+    """A second tenant."""
+    stage = Stage(server, api, s3, tmp_path / "other")
+    stage.publish()
+    yield stage
+    stage.end()

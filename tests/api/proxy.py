@@ -56,6 +56,8 @@ class Proxy:
         self.fault: Fault | None = None
         self.mute = False
         """True: no watch says anything any more, and none ends."""
+        self.refuse: Callable[[str, str], bool] | None = None
+        """Whether a request, by method and path, gets a 503 instead of its answer."""
         self._session: aiohttp.ClientSession
         self.writes = 0
         """Since the last break_at."""
@@ -81,6 +83,8 @@ class Proxy:
         return self.fault
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self.refuse is not None and self.refuse(request.method, request.path):
+            return web.Response(status=503)
         fault = self._reached(request)
         if fault is not None and not fault.lost:
             raise self._end(fault, request)

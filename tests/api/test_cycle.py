@@ -137,6 +137,29 @@ def test_the_reconcile_annotation_leaves_a_cycle_alone(stage: Stage) -> None:
     assert stage.status("paused") == {}
 
 
+def test_a_cycle_whose_base_moved_goes_on_after_a_restart(stage: Stage) -> None:
+    """A checkpoint is published while it analyses, and the operator is killed while the candidate is written."""
+    held = {"analyse", "apply"}
+    stage.jobs.hold = lambda job: job["metadata"]["labels"]["emrakul.dev/phase"] in held
+    stage.begin()
+    stage.policy()
+    stage.launched("analyse")
+    first = stage.records()[-1]
+    stage.trains_on(200)
+    held.discard("analyse")
+    stage.launched("apply")
+    stage.operator.kill()
+    stage.operator.start()
+    held.clear()
+    stage.wait(lambda: stage.records()[-1].kind is Kind.PRUNE)
+    prune = stage.records()[-1]
+    assert prune.id == first.id
+    assert prune.step == 200, "the candidate is of the newest checkpoint, not of the one that was admitted"
+    name = first.body.resource.split("/")[1]
+    assert stage.reached("Committed", name)["record"] == prune.n
+    assert stage.errors() == []
+
+
 # --- one live cycle a run ---------------------------------------------------------------------------------------------
 
 

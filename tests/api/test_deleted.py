@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 from api.apiclient import CYCLES, POLICIES
+from api.history import History
+from api.proxy import proxy
+from api.rights import installed
 from api.stage import SETTINGS, Stage, condition
+from charts import needs_helm
 from cluster.alone import controllers
+from cluster.apiserver import ApiServer
+from emrakul.cluster.main import LISTING_SECONDS
 from leyline import layout
 from leyline.records import Kind
 
@@ -67,6 +75,56 @@ def test_a_deleted_policys_cycle_finishes_and_none_begins(stage: Stage) -> None:
     assert len(stage.cycles()) == made
 
 
+def test_a_policy_deleted_after_the_admission_that_no_status_tells(stage: Stage, server: ApiServer) -> None:
+    """The operator is gone between the log's record and the status of it: the log says that the cycle has begun."""
+    stage.jobs.hold = lambda _: True
+    with proxy(server, stage.folder) as between:
+        stage.kubeconfig = between.kubeconfig
+        stage.begin()
+        between.refuse = lambda method, path: method == "PATCH" and "cycles" in path and admitted(stage)
+        stage.policy()
+        stage.wait(lambda: admitted(stage))
+        stage.operator.kill()
+        assert condition(stage.status(), "Admitted") == {}
+        stage.api.delete(POLICIES, stage.namespace, "digits")
+        between.refuse = None
+        stage.jobs.hold = lambda _: False
+        stage.operator.start()
+        stage.reached("Committed")
+    assert stage.errors() == []
+
+
+def admitted(stage: Stage) -> bool:
+    return stage.records()[-1].kind is Kind.ADMIT
+
+
+def test_a_cycle_deleted_and_applied_again_begins_anew(stage: Stage) -> None:
+    stage.jobs.hold = lambda _: True
+    stage.begin(defaults={"store": stage.store_spec, "settings": {**SETTINGS}})
+    stage.cycle("again")
+    stage.launched("analyse")
+    stage.api.delete(CYCLES, stage.namespace, "again")
+    stage.jobs.hold = lambda _: False
+    stage.cycle("again")
+    status = stage.reached("Committed", "again", seconds=SECOND_LOOK)
+    ends = [(record.body.outcome, record.reason) for record in stage.records() if hasattr(record.body, "outcome")]
+    assert ends == [("Skipped", "Deleted"), ("Committed", "Pruned")]
+    assert status["record"] == stage.records()[-1].n
+
+
+def test_a_cycle_that_was_refused_is_not_made_again_when_its_time_is_over(stage: Stage) -> None:
+    """No record says that it was made: its resource stays until a newer checkpoint has one."""
+    history = History(stage.api, stage.namespace)
+    stage.begin(workers={"podOverrides": {"securityContext": {"runAsNonRoot": True}}})
+    stage.policy(ttlSecondsAfterFinished=0, historyLimit=0, podOverrides={"volumes": [{"name": "emrakul-x"}]})
+    stage.reached("Failed")
+    time.sleep(12)  # two polls
+    assert set(history.made.values()) == {1}
+    stage.trains_on(200)
+    stage.wait(lambda: any(history.deleted.values()), seconds=90)
+    assert len(stage.cycles()) == 1
+
+
 def test_a_cycle_goes_after_its_time_once_its_record_was_read_back(stage: Stage) -> None:
     stage.begin()
     stage.policy(ttlSecondsAfterFinished=5)
@@ -104,6 +162,28 @@ def test_a_namespace_goes_with_everything_in_it(stage: Stage) -> None:
     assert stage.records()[-1].kind is Kind.ADMIT, "nothing was decided"
     assert stage.errors() == []
     assert stage.operator.stop() == 0
+
+
+@needs_helm
+def test_a_tenants_namespace_goes_and_another_tenant_notices_nothing(stage: Stage, other: Stage) -> None:
+    """As the chart installs it for two namespaces; with the first one goes its Role."""
+    given = {"namespaces": [stage.namespace, other.namespace]}
+    stage.kubeconfig, config = installed(stage.server, other.namespace, given)
+    stage.begin(**config)
+    stage.policy()
+    stage.reached("Committed")
+    with controllers(stage.server, "garbage-collector-controller", "namespace-controller"):
+        stage.server.kubectl("delete", "namespace", stage.namespace, "--timeout=60s")
+    with other.jobs:
+        other.policy()
+        other.reached("Committed")
+        time.sleep(LISTING_SECONDS + 5)
+        assert stage.operator.process is not None
+        assert stage.operator.process.poll() is None
+        stage.operator.kill()
+        stage.operator.start()
+        other.trains_on(200)
+        other.wait(lambda: len(other.cycles()) == 2)
 
 
 def test_deleting_a_waiting_cycle_leaves_no_trace(stage: Stage) -> None:

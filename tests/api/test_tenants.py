@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+import base64
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
-import yaml
 
-from api.apiclient import JOBS, POLICIES, Body, Refused
+from api.apiclient import JOBS, POLICIES, SECRETS, Body, Refused
 from api.proxy import proxy
+from api.rights import installed
 from api.stage import Stage, condition
-from charts import needs_helm, only, render
+from charts import needs_helm
+from emrakul.api.policy import StoreSpec
+from emrakul.cluster import access
+from emrakul.cluster.access import Access, Runs
+from emrakul.cluster.config import Images, OperatorConfig
+from emrakul.cluster.kube import Kube
 from leyline.records import Kind
 
 
@@ -60,6 +72,75 @@ def test_a_secret_that_comes_later_is_waited_for(stage: Stage) -> None:
     assert condition(stage.status("digits", kind=POLICIES), "Ready")["status"] == "True"
 
 
+def test_the_operators_own_identity_is_shown_to_no_endpoint_of_a_tenant(stage: Stage) -> None:
+    with tells_all_requests() as (endpoint, heard):
+        stage.begin(environment=stage.s3.environment)
+        stage.policy(store={"endpoint": endpoint, "region": "us-east-1"})
+        stage.wait(lambda: "so name a Secret" in stage.status("digits", kind=POLICIES).get("message", ""))
+        stage.cycle("by-hand", policyRef={"name": "digits"})
+        stage.reached("Waiting", "by-hand")
+    assert heard == []
+
+
+@contextmanager
+def tells_all_requests() -> Iterator[tuple[str, list[str]]]:
+    """An endpoint, and what it was asked."""
+    heard: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.requestline)
+            self.send_error(403)
+
+        do_HEAD = do_PUT = do_POST = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", heard
+        server.shutdown()
+
+
+def test_a_rotated_secret_is_used_and_the_old_connection_let_go(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty rotations, each with a connection of its own, leave no more behind than a few."""
+    monkeypatch.setattr(access, "SECRET_SECONDS", 0.0)
+    monkeypatch.setenv("KUBECONFIG", str(stage.server.admin))
+
+    async def rotate() -> tuple[int, int]:
+        kube = await Kube.connect(asked=lambda *_: None)
+        try:
+            runs = Runs(kube, OperatorConfig(images=Images(worker="w", validator="v")))
+            store = StoreSpec.model_validate(stage.store_spec)
+            wanted = Access(namespace=stage.namespace, run=stage.run, store=store)
+            first, sizes = await runs.open(wanted), []
+            for turn in range(60):
+                token = base64.b64encode(f"turn {turn}".encode()).decode()
+                stage.api.patch(SECRETS, stage.namespace, "s3", {"data": {"NOTE": token, **keys(stage, turn)}})
+                opened = await runs.open(wanted)
+                assert (opened is first) == (turn == 0), "another key is another connection, the same key the same"
+                assert opened.log.tail().record.n == first.log.tail().record.n
+                gc.collect()
+                sizes.append(memory())
+            return sizes[9], sizes[-1]
+        finally:
+            await kube.close()
+
+    early, late = asyncio.run(rotate())
+    assert late - early < 50e6, f"{(late - early) / 50 / 1e6:.1f} MB for each rotated key"
+
+
+def keys(stage: Stage, turn: int) -> dict[str, str]:
+    """The n-th credentials that the server takes: it looks at the key alone, so a prefix of nothing does no harm."""
+    found = {"AWS_ACCESS_KEY_ID": stage.s3.access_key, "AWS_SECRET_ACCESS_KEY": stage.s3.secret_key}
+    if turn:
+        found["AWS_SESSION_TOKEN"] = f"token-{turn}"
+    return {name: base64.b64encode(value.encode()).decode() for name, value in found.items()}
+
+
+def memory() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 # --- the operator's own rights ----------------------------------------------------------------------------------------
 
 
@@ -72,20 +153,10 @@ def test_the_charts_rights_are_enough_for_all_that_a_cycle_needs(stage: Stage, w
         "allowedRunPrefixes": {stage.namespace: [f"s3://{stage.s3.bucket}/{stage.namespace}"]},
         "namespaces": [] if wide else [stage.namespace],
     }
-    objects = render(given, release=stage.namespace)
-    config = yaml.safe_load(only(objects, "ConfigMap")["data"]["config.yaml"])
-    account = only(objects, "ServiceAccount")["metadata"]["name"]
-    for one in objects:
-        if one["kind"] in ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"):
-            home = one["metadata"].pop("namespace", None)
-            into = () if home is None else (f"--namespace={stage.namespace}",)
-            for subject in one.get("subjects", ()):
-                subject["namespace"] = stage.namespace
-            stage.server.kubectl("create", "--filename=-", *into, input=json.dumps(one))
-    identity = stage.server.service_account_kubeconfig(account, namespace=stage.namespace)
+    identity, config = installed(stage.server, stage.namespace, given)
     with proxy(stage.server, stage.folder, kubeconfig=identity) as between:
         stage.kubeconfig = between.kubeconfig
-        stage.begin(**{name: value for name, value in config.items() if name not in ("images", "healthPort")})
+        stage.begin(**config)
         stage.policy(operatorClass=stage.namespace, ttlSecondsAfterFinished=1)
         stage.wait(lambda: stage.records()[-1].kind is Kind.PRUNE)
         stage.wait(lambda: not stage.cycles())

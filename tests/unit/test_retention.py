@@ -19,7 +19,7 @@ def ended() -> CycleStatus:
 
 
 def cycle(base: int, outcome: str | None = "Committed") -> dict[str, Any]:
-    status = {"outcome": outcome} if outcome else {}
+    status = {"outcome": outcome, "cycle": f"c-{base}"} if outcome else {}
     return {"metadata": {"name": f"c{base}", "labels": {labels.BASE: str(base)}}, "status": status}
 
 
@@ -38,3 +38,10 @@ def test_the_oldest_go_and_live_ones_never() -> None:
     assert [body["metadata"]["name"] for body in found] == ["c2"]
     assert beyond([cycle(1)], 1) == ()
     assert len(beyond([cycle(1), cycle(2)], 0)) == 2
+
+
+def test_one_that_its_policy_would_make_again_stays() -> None:
+    refused_ones = [cycle(1), cycle(2)]
+    for one in refused_ones:
+        del one["status"]["cycle"]
+    assert [body["metadata"]["name"] for body in beyond(refused_ones, 0)] == ["c1"]

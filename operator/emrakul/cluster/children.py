@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from emrakul.api import labels
 from emrakul.cluster.kube import EVENTS, JOBS, PODS, AlreadyExists, Body, Kube, KubeError
+from emrakul.cluster.services import Services
+from emrakul.cluster.subject import Subject
 
 T = TypeVar("T")
 
@@ -74,3 +76,14 @@ class Children:
 
     def _wait(self, call: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(call, self.loop).result(CALL_SECONDS)
+
+
+def children_of(services: Services, subject: Subject) -> Children:
+    """The Jobs of one cycle."""
+    return Children(
+        kube=services.kube,
+        loop=services.loop,
+        namespace=subject.key.namespace,
+        owner=labels.CYCLE_UID,
+        uid=subject.uid,
+    )

@@ -17,6 +17,7 @@ from emrakul.cluster import handlers
 from emrakul.cluster.access import NotReady, Runs
 from emrakul.cluster.config import OperatorConfig
 from emrakul.cluster.cycle import CycleReconciler
+from emrakul.cluster.ended import EndedCycles
 from emrakul.cluster.freshness import Freshness
 from emrakul.cluster.health import Health, HealthServer
 from emrakul.cluster.kube import CYCLES, JOBS, POLICIES, Forbidden, Kind, Kube, KubeError, Unavailable
@@ -25,7 +26,9 @@ from emrakul.cluster.orphans import Orphans
 from emrakul.cluster.policy import PolicyReconciler
 from emrakul.cluster.services import CYCLE, POLICY, Services
 from emrakul.cluster.sink import Sinks
+from emrakul.cluster.source import Sources
 from emrakul.cluster.supervisor import WORKERS, Key, Supervisor
+from emrakul.cluster.telling import Teller
 from leyline.store import StoreError
 
 log = logging.getLogger("emrakul")
@@ -71,8 +74,11 @@ async def operate(config: OperatorConfig) -> None:
             wake=supervisor.wake,
         )
         orphans = Orphans(services)
-        cycles = CycleReconciler(services, orphans)
-        policies = PolicyReconciler(services, orphans, cycles)
+        teller = Teller(services)
+        sources = Sources(services)
+        ended = EndedCycles(services, teller, sources)
+        cycles = CycleReconciler(services, orphans, sources, teller, ended)
+        policies = PolicyReconciler(services, orphans, ended)
 
         async def reconcile(key: Key) -> float | None:
             began = time.monotonic()
@@ -129,7 +135,7 @@ async def _listen(kube: Kube, config: OperatorConfig, freshness: Freshness, heal
         await asyncio.sleep(LISTING_SECONDS)
         try:
             await _list(kube, config, freshness)
-        except (Unavailable, Forbidden) as error:  # an API server that restarts is not a watch that is deaf
+        except Unavailable as error:  # an API server that restarts is not a watch that is deaf
             log.info("%s", error)
         except Ended as error:
             health.deaf = str(error)
@@ -159,12 +165,15 @@ async def _list(kube: Kube, config: OperatorConfig, freshness: Freshness, *, wak
             try:
                 found = await kube.list(kind, namespace, labels=selector, metadata=True)
             except KubeError as error:
-                if wake is None:
+                if wake is not None:
+                    raise Ended(
+                        f"{kind.plural} cannot be listed ({error}); are the CRDs installed (crds.enabled in the "
+                        "chart), and may this service account list them?"
+                    ) from error
+                if not isinstance(error, Forbidden):
                     raise
-                raise Ended(
-                    f"{kind.plural} cannot be listed ({error}); are the CRDs installed (crds.enabled in the "
-                    "chart), and may this service account list them?"
-                ) from error
+                log.info("%s", error)  # a namespace that went, and its Role with it: the others are looked at
+                continue
             versions = {one["metadata"]["uid"]: one["metadata"]["resourceVersion"] for one in found.items}
             if deaf := freshness.listed(watched, found.version, versions, time.monotonic(), known=known):
                 raise Ended(deaf)

@@ -18,12 +18,14 @@ from emrakul.api.resource import API_VERSION, Condition, ConditionStatus, Condit
 from emrakul.asking import ask_for
 from emrakul.cluster import retention
 from emrakul.cluster.access import Access, NotReady, OpenRun
-from emrakul.cluster.cycle import CycleReconciler, frozen_of, plain
+from emrakul.cluster.ended import EndedCycles
 from emrakul.cluster.kube import CYCLES, POLICIES, AlreadyExists, Body, Forbidden, Rejected
 from emrakul.cluster.orphans import Orphans
 from emrakul.cluster.outbox import offer
 from emrakul.cluster.recheck import Recheck
 from emrakul.cluster.services import CYCLE, POLICY, Services
+from emrakul.cluster.source import frozen_of
+from emrakul.cluster.subject import plain
 from emrakul.cluster.supervisor import RESYNC_SECONDS, Key
 from emrakul.control import name_of
 from emrakul.invalid import Invalid
@@ -67,7 +69,7 @@ class PolicyReconciler:
 
     services: Services
     orphans: Orphans
-    cycles: CycleReconciler
+    ended: EndedCycles
     _followed: dict[Key, _Followed] = field(default_factory=dict)
 
     async def reconcile(self, key: Key) -> float | None:
@@ -206,7 +208,7 @@ class PolicyReconciler:
         for ended in retention.beyond(found.items, spec.history_limit):
             meta = ended["metadata"]
             try:
-                if await self.cycles.recorded(key.namespace, CycleStatus.model_validate(ended["status"])):
+                if await self.ended.recorded(key.namespace, CycleStatus.model_validate(ended["status"])):
                     await self.services.kube.delete(CYCLES, key.namespace, meta["name"], uid=meta["uid"])
             except (NotReady, StoreError, Malformed, ValidationError) as error:
                 log.info("cycle %s/%s stays, its record cannot be read: %s", key.namespace, meta["name"], error)

@@ -9,9 +9,9 @@ from emrakul.api import labels
 from emrakul.api.policy import PolicySpec
 from emrakul.cluster.children import Children, Taken
 from emrakul.cluster.config import OperatorConfig
-from emrakul.cluster.cycle import frozen_of
 from emrakul.cluster.kube import Forbidden, Rejected
 from emrakul.cluster.services import Services
+from emrakul.cluster.source import frozen_of
 from emrakul.cluster.supervisor import Key
 from emrakul.rollback import NoAnswer
 from emrakul.runtime import podends

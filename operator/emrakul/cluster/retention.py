@@ -21,10 +21,14 @@ def seconds_left(status: CycleStatus, ttl: int | None, now: datetime) -> float |
 
 
 def beyond(cycles: Iterable[dict[str, Any]], limit: int) -> tuple[dict[str, Any], ...]:
-    """Of a policy's resources, the ended ones beyond the newest `limit`, oldest first."""
-    ended = [body for body in cycles if (body.get("status") or {}).get("outcome")]
-    ended.sort(key=base_of)
-    return tuple(ended[: max(0, len(ended) - limit)])
+    """Of a policy's resources, the ended ones beyond the newest `limit`, oldest first.
+
+    The newest stays if the log has no record of it, whatever the limit: its policy would make it again.
+    """
+    oldest_first = sorted(cycles, key=base_of)
+    ended = [body for body in oldest_first if (body.get("status") or {}).get("outcome")]
+    found = ended[: max(0, len(ended) - limit)]
+    return tuple(body for body in found if "cycle" in body["status"] or body is not oldest_first[-1])
 
 
 def base_of(body: dict[str, Any]) -> int:

@@ -1,0 +1,132 @@
+"""Where a cycle's run is and what is asked of it: what was frozen at its admission, else what its policy says now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emrakul.api import labels
+from emrakul.api.cycle import Frozen
+from emrakul.api.manifest import parse_resource, run_of
+from emrakul.api.policy import PodOverrides, PolicySpec, PruningPolicy, StoreSpec
+from emrakul.cluster import retention
+from emrakul.cluster.kube import CYCLES, POLICIES
+from emrakul.cluster.services import Services
+from emrakul.cluster.subject import Subject, is_admitted, plain
+from emrakul.finding import Finding
+from emrakul.invalid import Invalid
+from emrakul.runtime.overrides import layered
+from leyline.reasons import Reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a cycle's run is, and what is asked of it until it is admitted."""
+
+    run: str
+    frozen: Frozen
+    spec: PolicySpec
+    withdrawn: Finding | None = None
+    """Its policy is gone: it ends on what was frozen if it has begun, and does not begin if it has not."""
+
+
+class Over(Exception):
+    """The cycle ends before its run is looked at."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NotYet(Exception):
+    """Something that the cycle needs is not there."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Reads policies live."""
+
+    services: Services
+
+    async def of(self, subject: Subject) -> Source:
+        """As frozen at admission, else as the policy (or the chart) says now. Over if the tenant may not."""
+        config, status = self.services.config, subject.status
+        defaults = config.defaults
+        if is_admitted(status) and status.frozen is not None and status.run is not None:
+            source = Source(run=status.run, frozen=status.frozen, spec=PolicySpec(run=status.run))
+        elif status.frozen is not None and status.run is not None and (gone := await self._policy_gone(subject)):
+            spec = PolicySpec(run=status.run)
+            source = Source(run=status.run, frozen=status.frozen, spec=spec, withdrawn=gone)
+        else:
+            policy = await self._policy(subject)
+            try:
+                run = run_of(subject.cycle, policy, name=f"PruningCycle {subject.key.name}")
+            except Invalid as error:
+                raise Over(Reason.INVALID_INPUT, str(error)) from error
+            spec = policy.spec if policy else PolicySpec(run=run, settings=defaults.settings)
+            try:
+                layered(config.workers.pod_overrides, spec.pod_overrides)
+            except Invalid as error:
+                raise Over(Reason.INVALID_INPUT, f"podOverrides: {error}") from error
+            source = Source(run=run.rstrip("/"), frozen=frozen_of(spec, defaults.store), spec=spec)
+        if not config.allows(subject.key.namespace, source.run):
+            raise Over(
+                Reason.RUN_NOT_ALLOWED,
+                f"namespace {subject.key.namespace} may not name the run {source.run}: no prefix of "
+                "allowedRunPrefixes has it",
+            )
+        return source
+
+    async def _policy(self, subject: Subject) -> PruningPolicy | None:
+        ref = subject.cycle.spec.policy_ref
+        if ref is None:
+            return None
+        if gone := await self._policy_gone(subject):
+            raise Over(gone.reason, gone.message)
+        body = await self.services.kube.get(POLICIES, subject.key.namespace, ref.name)
+        if body is None:
+            raise NotYet(f"there is no PruningPolicy {ref.name} in namespace {subject.key.namespace}; apply it")
+        try:
+            return parse_resource(PruningPolicy, plain(body), f"PruningPolicy {ref.name}")
+        except Invalid as error:
+            raise NotYet(str(error)) from error
+
+    async def _policy_gone(self, subject: Subject) -> Finding | None:
+        """Why a policy's own cycle has no policy any more; another one of the same name did not make it."""
+        ref = subject.cycle.spec.policy_ref
+        if subject.by_policy is None or ref is None:
+            return None
+        body = await self.services.kube.get(POLICIES, subject.key.namespace, ref.name)
+        if (
+            body is not None
+            and "deletionTimestamp" not in body["metadata"]
+            and body["metadata"]["uid"] == subject.by_policy
+        ):
+            return None
+        return Finding(Reason.SUPERSEDED, f"its policy {ref.name} was deleted before the cycle began")
+
+    async def overtaken(self, subject: Subject) -> Finding | None:
+        """A policy's cycle that has not begun when its policy made a newer one. A person's is never overtaken."""
+        if subject.by_policy is None:
+            return None
+        selector = f"{labels.POLICY_UID}={subject.by_policy}"
+        others = (await self.services.kube.list(CYCLES, subject.key.namespace, labels=selector, metadata=True)).items
+        newest = max(others, key=retention.base_of, default=subject.body)
+        if retention.base_of(newest) <= retention.base_of(subject.body):
+            return None
+        return Finding(Reason.SUPERSEDED, f"cycle {newest['metadata']['name']} works on a newer checkpoint")
+
+    async def would_come_again(self, subject: Subject) -> bool:
+        """Whether a policy would make this resource again if it went: the log has no record that it was made."""
+        if subject.by_policy is None or subject.status.cycle is not None:
+            return False
+        return await self._policy_gone(subject) is None and await self.overtaken(subject) is None
+
+
+def frozen_of(spec: PolicySpec, default: StoreSpec) -> Frozen:
+    """What a cycle takes along of its policy; a policy that says nothing of its store uses the chart's."""
+    return Frozen(
+        store=spec.store if spec.store != StoreSpec() else default,
+        pod_overrides=spec.pod_overrides if spec.pod_overrides != PodOverrides() else None,
+        queue=spec.queue,
+        sink=spec.sink,
+    )
