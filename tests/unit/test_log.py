@@ -340,6 +340,16 @@ def test_another_log_in_the_same_place_stops_whoever_knew_the_first(store: Local
         log.tail()
 
 
+def test_a_log_that_is_open_already_is_held_to_what_a_status_saw(store: LocalStore) -> None:
+    log = write(store, *PRUNED)
+    tail = log.tail()
+    log.expect(4, tail.digest)
+    with pytest.raises(StoreReverted, match="record 9 was seen before and is gone"):
+        log.expect(9, tail.digest)
+    with pytest.raises(StoreReverted, match="another one"):
+        log.expect(3, tail.digest)
+
+
 # --- trust ----------------------------------------------------------------------------------------------------------
 
 
