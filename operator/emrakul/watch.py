@@ -73,11 +73,22 @@ class Follower:
         self.recovery: Recovery | None = None
         """What was found after the newest rollback."""
         self._looked, self._looked_at = -1, 0.0
+        self._ended = -1
 
     def follow(self, state: RunState) -> str | None:
         """Do one thing that the policy or the training asks for: a sentence of it, or None if there is nothing."""
         steps = (self._asked_rollback, self._asked_resume, self._probation, self._recovery)
         return next((done for step in steps if (done := step(state)) is not None), None)
+
+    def new_end(self, state: RunState) -> Record | None:
+        """The newest end of a cycle, the first time that it is asked for."""
+        if state.live is not None or not state.counters:
+            return None
+        end = next(r for n in range(state.n, -1, -1) if (r := self._log.read(n)[0]).kind in _ENDS or n <= self._ended)
+        if end.kind not in _ENDS or end.n <= self._ended:
+            return None
+        self._ended = end.n
+        return end
 
     def asked_rollback(self) -> Record | None:
         """The record of the rollback that the policy asks for, if it was done."""
@@ -194,7 +205,6 @@ class Watcher(Follower):
         """`drive` carries one cycle, by name if it has one, to its end."""
         super().__init__(store, log, policy, trust=trust, validate=validate)
         self._drive, self._runtime = drive, runtime
-        self._told = -1
 
     def step(self) -> Snapshot | str | None:
         """Do one thing: a sentence of what was done, the end of a cycle, or None if there is nothing to do now."""
@@ -205,12 +215,9 @@ class Watcher(Follower):
 
     def _untold(self, state: RunState) -> Snapshot | None:
         """The newest end whose results nobody told: whoever ended it stopped right then."""
-        if state.live is not None or not state.counters:
+        end = self.new_end(state)
+        if end is None:
             return None
-        end = next(r for n in range(state.n, -1, -1) if (r := self._log.read(n)[0]).kind in _ENDS or n <= self._told)
-        if end.kind not in _ENDS or end.n <= self._told:
-            return None
-        self._told = end.n
         try:
             self._store.head(layout.results(end.id))
         except NotFound:

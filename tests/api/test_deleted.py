@@ -8,6 +8,7 @@ from api.apiclient import CYCLES, POLICIES
 from api.history import History
 from api.proxy import proxy
 from api.rights import installed
+from api.sinks import sink
 from api.stage import SETTINGS, Stage, condition
 from charts import needs_helm
 from cluster.alone import controllers
@@ -22,14 +23,17 @@ SECOND_LOOK = 90.0
 
 def test_a_cycle_that_is_deleted_ends_and_is_not_made_again(stage: Stage) -> None:
     stage.jobs.hold = lambda _: True
-    stage.begin()
-    stage.policy()
-    name = stage.launched("analyse")["metadata"]["labels"]["emrakul.dev/cycle"]
-    stage.api.delete(CYCLES, stage.namespace, name)
+    with sink() as received:
+        stage.begin()
+        stage.policy(sink=received.url)
+        name = stage.launched("analyse")["metadata"]["labels"]["emrakul.dev/cycle"]
+        stage.api.delete(CYCLES, stage.namespace, name)
 
-    end = stage.wait(lambda: (last := stage.records()[-1]).kind is Kind.OUTCOME and last, seconds=SECOND_LOOK)
-    assert (end.body.outcome, end.reason) == ("Skipped", "Deleted")
-    stage.wait(lambda: stage.status("digits", kind=POLICIES).get("cycles") == {"Skipped/Deleted": 1})
+        end = stage.wait(lambda: (last := stage.records()[-1]).kind is Kind.OUTCOME and last, seconds=SECOND_LOOK)
+        assert (end.body.outcome, end.reason) == ("Skipped", "Deleted")
+        stage.wait(lambda: stage.status("digits", kind=POLICIES).get("cycles") == {"Skipped/Deleted": 1})
+        event = stage.wait(lambda: received.events and received.events[0])
+    assert (event["subject"], event["data"]["outcome"]) == (end.id, "Skipped")
     assert stage.cycles() == []
     assert "live" not in stage.status("digits", kind=POLICIES)
     assert stage.errors() == []

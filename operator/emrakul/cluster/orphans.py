@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from emrakul.cluster.access import OpenRun
 from emrakul.cluster.kube import CYCLES, Forbidden
+from emrakul.cluster.outbox import offer
 from emrakul.cluster.services import Services
 from emrakul.control import Controller
 from emrakul.core import ending
@@ -49,8 +50,17 @@ class Orphans:
         if left > 0:
             return left
         self._absent.pop(resource)
-        await asyncio.to_thread(self._end, run, admitted)
+        await asyncio.to_thread(_end, run, admitted)
+        await asyncio.to_thread(self.tell, run, admitted)
+        if self.services.config.sink is not None:
+            await offer(self.services.sinks, self.services.config.sink, run, admitted.id)
         return None
+
+    def tell(self, run: OpenRun, admitted: Record) -> None:
+        """The end's results, told like any other's."""
+        ask = admitted_ask(admitted, KubernetesRuntime.name)
+        trust = self.services.runs.trust
+        Controller(run.store, run.log, ask, lambda _: _NoJobs(), trust=trust, cycle=admitted.id).step()
 
     def _is_ours(self, admitted: Record) -> bool:
         body = admitted.body
@@ -60,17 +70,6 @@ class Orphans:
             and body.operator_class == self.services.identity
             and body.resource.count("/") == 2
         )
-
-    def _end(self, run: OpenRun, admitted: Record) -> None:
-        state = run.log.tail().state
-        if state.live is not None and state.live.id == admitted.id:
-            finding = Finding(Reason.DELETED, "its PruningCycle was deleted before it had ended")
-            run.log.append(ending.abandoned(state, finding), base=admitted.n)
-        # the end's results are told like any other's
-        ask = admitted_ask(admitted, KubernetesRuntime.name)
-        Controller(
-            run.store, run.log, ask, lambda _: _NoJobs(), trust=self.services.runs.trust, cycle=admitted.id
-        ).step()
 
 
 class _NoJobs:
@@ -91,3 +90,10 @@ class _NoJobs:
 def _admitted(run: OpenRun) -> Record | None:
     state: RunState = run.log.tail().state
     return run.log.read(state.live.admitted)[0] if state.live is not None else None
+
+
+def _end(run: OpenRun, admitted: Record) -> None:
+    state = run.log.tail().state
+    if state.live is not None and state.live.id == admitted.id:
+        finding = Finding(Reason.DELETED, "its PruningCycle was deleted before it had ended")
+        run.log.append(ending.abandoned(state, finding), base=admitted.n)

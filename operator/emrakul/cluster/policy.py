@@ -37,7 +37,7 @@ from leyline.log import NoRun, StoreReverted
 from leyline.messages import SystemStatePacket
 from leyline.model import Malformed
 from leyline.reasons import REMEDY, Reason
-from leyline.records import Publish
+from leyline.records import Kind, Publish
 from leyline.store import NotFound, StoreError
 
 log = logging.getLogger("emrakul")
@@ -133,6 +133,7 @@ class PolicyReconciler:
             next_ = due(state, every=spec.every)
             left = await self.orphans.check(run) if state.live is not None else None
             await asyncio.to_thread(self._count_report, followed, state)
+            await self._tell_deleted(followed, state)
         if state.rolled_back > followed.sent and not await self._send(spec, run, state):
             followed.sent = state.rolled_back
         self.services.health.store_answered(run.store.uri)
@@ -235,6 +236,19 @@ class PolicyReconciler:
         if url is None or state.rolled_back < 0:
             return False
         return await offer(self.services.sinks, url, run, f"rollback-{state.rolled_back}")
+
+    async def _tell_deleted(self, followed: _Followed, state: RunState) -> None:
+        """A cycle whose resource is gone has nobody else to tell its end."""
+        end = await asyncio.to_thread(followed.follower.new_end, state)
+        if end is None or end.reason is not Reason.DELETED:
+            return
+        run = followed.run
+        admitted = await asyncio.to_thread(run.log.find, (Kind.ADMIT.value, end.id), base=-1)
+        if admitted is not None:
+            await asyncio.to_thread(self.orphans.tell, run, admitted)
+        url = followed.follower.policy.sink or self.services.config.sink
+        if url is not None:
+            await offer(self.services.sinks, url, run, end.id)
 
     async def _unready(self, key: Key, body: Body, before: PolicyStatus, reason: str, message: str) -> None:
         generation = int(body["metadata"].get("generation", 0))
