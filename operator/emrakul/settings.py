@@ -116,26 +116,41 @@ class StructuredPruning(Section):
 
 
 class RankingTarget(Section):
+    """How far the order of the scores agrees with the order by exact importance."""
+
     metric: Note = "kendall_tau"
+    """Documentation only: Kendall's tau."""
     target: Share = Fraction(85, 100)
+    """At least this."""
 
 
 class PrecisionTarget(Section):
+    """How far the scores themselves agree with exact importance."""
+
     metric: Note = "MAPE_vs_Fisher"
+    """Documentation only: mean absolute percentage error against the empirical Fisher information."""
     target: Share = Fraction(5, 100)
+    """At most this."""
 
 
 class ClassificationTarget(Section):
+    """How well the scores tell the units that exact importance would take from the others."""
+
     metric: Note = "AUC"
+    """Documentation only: area under the ROC curve."""
     target: Share = Fraction(95, 100)
+    """At least this."""
 
 
 class AccuracyTargets(Section):
     """What importance is measured against by the accuracy command; nothing is gated by them."""
 
     importance_ranking: RankingTarget = RankingTarget()
+    """Of the scores' order."""
     pruning_precision: PrecisionTarget = PrecisionTarget()
+    """Of the scores' size."""
     binary_classification: ClassificationTarget = ClassificationTarget()
+    """Of what is taken and what is left."""
 
 
 class Consensus(Section):
