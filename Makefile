@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test api e2e lint accuracy contracts constraints clean
+.PHONY: help demo test api e2e cluster lint accuracy contracts constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this text
@@ -24,12 +24,15 @@ test: $(VENV)/.ready  ## every test that needs no cluster
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 api: $(VENV)/.ready  ## the operator against a real API server and etcd (builds them once)
-	$(BIN)/python tests/cluster build components
+	$(BIN)/python tests/cluster build components helm
 	$(BIN)/python -m pytest tests/api -n 2 --dist worksteal
 
 e2e: $(VENV)/.ready  ## the operator in a real cluster: its own, kind, or EMRAKUL_E2E_KUBECONFIG
 	$(BIN)/python tests/cluster build
 	$(BIN)/python -m pytest tests/cluster
+
+cluster: $(VENV)/.ready  ## build the programs of the test cluster from source, once (8 minutes)
+	$(BIN)/python tests/cluster build
 
 lint: $(VENV)/.ready  ## ruff, mypy --strict, import-linter, generated files
 	$(BIN)/ruff check .

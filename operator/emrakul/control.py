@@ -38,7 +38,7 @@ from leyline.messages import (
 )
 from leyline.model import Malformed, key_of
 from leyline.reasons import Reason
-from leyline.records import Admit, Draft
+from leyline.records import Admit, Draft, Kind
 from leyline.store import Damaged, Exists, NotFound, ObjectStore
 
 LOOK_SECONDS = (0.05, 1.0)
@@ -305,6 +305,23 @@ def name_of(ask: Ask) -> str:
     """The cycle's name: base, the settings that can change which units go, and the decision that is forced."""
     digest = ask.settings.digest()
     return cycle_name(ask.base, key_of(settings=digest, forced=ask.forced) if ask.forced else digest)
+
+
+def next_try(log: Log, ask: Ask) -> tuple[str, bool]:
+    """The name to try a cycle again by: its own with -2, -3, ... after those that ended without a commit.
+
+    Of one that did commit, its name and True: there is nothing to do again.
+    """
+    stem = name_of(ask)
+    ended = [r for r in log.since(ask.base) if r.kind in (Kind.PRUNE, Kind.OUTCOME) and _is_try(r.id, stem)]
+    committed = next((r.id for r in ended if r.kind is Kind.PRUNE), None)
+    if committed is not None:
+        return committed, True
+    return (f"{stem}-{len(ended) + 1}" if ended else stem), False
+
+
+def _is_try(id_: str, stem: str) -> bool:
+    return id_ == stem or (id_.startswith(f"{stem}-") and id_.removeprefix(f"{stem}-").isdecimal())
 
 
 def frozen(ask: Ask, admitted: object) -> Ask:

@@ -103,7 +103,7 @@ def tells_all_requests() -> Iterator[tuple[str, list[str]]]:
 def test_a_rotated_secret_is_used_and_the_old_connection_let_go(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty rotations, each with a connection of its own, leave no more behind than a few."""
     monkeypatch.setattr(access, "SECRET_SECONDS", 0.0)
-    monkeypatch.setenv("KUBECONFIG", str(stage.server.admin))
+    monkeypatch.setattr("kubernetes.aio.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(stage.server.admin))
 
     async def rotate() -> tuple[int, int]:
         kube = await Kube.connect(asked=lambda *_: None)

@@ -20,7 +20,7 @@ from emrakul.asking import ask_for, base_of
 from emrakul.cli.errors import INVALID, Rejected
 from emrakul.cli.options import Opened, StoreOptions, output_options, store_options
 from emrakul.cli.output import Output
-from emrakul.control import Controller, Scale, name_of
+from emrakul.control import Controller, Scale, name_of, next_try
 from emrakul.core.plan import Plan
 from emrakul.core.snapshot import Ask, Snapshot
 from emrakul.invalid import Invalid
@@ -30,7 +30,6 @@ from emrakul.timeline import CycleReport, report
 from leyline.messages import Decision
 from leyline.model import Malformed
 from leyline.reasons import Outcome
-from leyline.records import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,16 +206,10 @@ def _ask(run: Opened, cycle: PruningCycle, spec: PolicySpec | None, forced: Deci
 
 
 def _again(run: Opened, ask: Ask) -> str:
-    """The name of the next try: the cycle's own with -2, -3, ... after those that ended without a commit."""
-    stem = name_of(ask)
-    ended = [r for r in run.log.since(ask.base) if r.kind in (Kind.PRUNE, Kind.OUTCOME) and _is_try(r.id, stem)]
-    if any(record.kind is Kind.PRUNE for record in ended):
-        raise Rejected(f"cycle {stem} was committed; there is nothing to do again", INVALID)
-    return f"{stem}-{len(ended) + 1}" if ended else stem
-
-
-def _is_try(id_: str, stem: str) -> bool:
-    return id_ == stem or (id_.startswith(f"{stem}-") and id_.removeprefix(f"{stem}-").isdecimal())
+    name, committed = next_try(run.log, ask)
+    if committed:
+        raise Rejected(f"cycle {name} was committed; there is nothing to do again", INVALID)
+    return name
 
 
 def _decision(path: Path) -> Decision:

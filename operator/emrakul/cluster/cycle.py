@@ -29,7 +29,7 @@ from emrakul.cluster.status import Facts, cycle_status, refused
 from emrakul.cluster.subject import Subject, seen_of, status_of, subject_of
 from emrakul.cluster.supervisor import RESYNC_SECONDS, Key
 from emrakul.cluster.telling import Teller
-from emrakul.control import Controller, Seen, name_of
+from emrakul.control import Controller, Seen, name_of, next_try
 from emrakul.core import plan
 from emrakul.core.snapshot import Ask, Phase
 from emrakul.finding import Finding
@@ -40,8 +40,8 @@ from emrakul.runtime.pods import Owner, Terms
 from emrakul.timeline import phases
 from leyline.log import NoRun, StoreReverted
 from leyline.model import Malformed
-from leyline.reasons import Reason
-from leyline.records import Admit
+from leyline.reasons import Outcome, Reason
+from leyline.records import Admit, End
 from leyline.store import StoreError
 
 log = logging.getLogger("emrakul")
@@ -161,7 +161,12 @@ class CycleReconciler:
                 async with run.lock:
                     left = await self.orphans.check(run)
                 await self.teller.unable(subject, "Waiting", other)
-                return min(left or RESYNC_SECONDS, RESYNC_SECONDS)
+                return RESYNC_SECONDS if left is None else left
+            if _may_try_again(subject, look):
+                async with run.lock:
+                    name, _ = await asyncio.to_thread(next_try, run.log, ask)
+                driven = self._controller(subject, run, source, ask, name)
+                continue
             if facts is not None:
                 subject = await self._tell(subject, look, facts)
             if subject.status.outcome is not None and (look.plan.refused or not look.plan.actions):
@@ -197,7 +202,8 @@ class CycleReconciler:
         wait = look.plan.wait.total_seconds() if look.plan.wait else RESYNC_SECONDS
         if look.snapshot.admitted is None and look.snapshot.state.live is not None:
             async with run.lock:
-                wait = min(wait, await self.orphans.check(run) or wait)
+                left = await self.orphans.check(run)
+            wait = wait if left is None else min(wait, left)
         # people like to see how far it is; with many cycles, only what happens is looked at
         longest = PROGRESS_SECONDS if len(self.teller.live) <= FEW else RESYNC_SECONDS
         return min(max(wait, 0.1), longest)
@@ -343,6 +349,20 @@ def _is_worth_telling(look: Seen) -> bool:
     """
     actions = look.plan.actions
     return not actions or look.snapshot.end is not None or isinstance(actions[0], plan.Admit | plan.Decide)
+
+
+def _may_try_again(subject: Subject, look: Seen) -> bool:
+    """A person's new resource for a cycle that another resource's end left undone: they want it done now."""
+    end, admitted = look.snapshot.end, look.snapshot.admitted
+    return (
+        subject.by_policy is None
+        and end is not None
+        and isinstance(end.body, End)
+        and end.body.outcome == Outcome.SKIPPED
+        and admitted is not None
+        and isinstance(admitted.body, Admit)
+        and admitted.body.resource not in ("", subject.resource)
+    )
 
 
 def _driven_by_another(subject: Subject, look: Seen) -> str | None:

@@ -31,7 +31,10 @@ class Orphans:
     _absent: dict[str, float] = field(default_factory=dict)
 
     async def check(self, run: OpenRun) -> float | None:
-        """End the run's live cycle if its resource is gone. Seconds until the second look, if one is needed."""
+        """End the run's live cycle if its resource is gone.
+
+        Seconds until the second look, 0 if the cycle was ended now, None if there is nothing to wait for.
+        """
         admitted = await asyncio.to_thread(_admitted, run)
         if admitted is None or not self._is_ours(admitted):
             return None
@@ -54,7 +57,7 @@ class Orphans:
         await asyncio.to_thread(self.tell, run, admitted)
         if self.services.config.sink is not None:
             await offer(self.services.sinks, self.services.config.sink, run, admitted.id)
-        return None
+        return 0.0
 
     def tell(self, run: OpenRun, admitted: Record) -> None:
         """The end's results, told like any other's."""

@@ -144,7 +144,7 @@ class PolicyReconciler:
         if self.services.loop.time() - followed.tidied > RESYNC_SECONDS:
             followed.tidied = self.services.loop.time()
             await self._tidy(key, body, spec)
-        return min(self._poll(), left) if left else self._poll()
+        return self._poll() if left is None else min(self._poll(), left)
 
     def _follower(self, key: Key, body: Body, spec: PolicySpec, run: OpenRun) -> _Followed:
         known = self._followed.get(key)
@@ -240,7 +240,7 @@ class PolicyReconciler:
     async def _tell_deleted(self, followed: _Followed, state: RunState) -> None:
         """A cycle whose resource is gone has nobody else to tell its end."""
         end = await asyncio.to_thread(followed.follower.new_end, state)
-        if end is None or end.reason is not Reason.DELETED:
+        if end is None or end.reason != Reason.DELETED:
             return
         run = followed.run
         admitted = await asyncio.to_thread(run.log.find, (Kind.ADMIT.value, end.id), base=-1)
