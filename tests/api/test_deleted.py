@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from api.apiclient import CYCLES, POLICIES
+from api.apiclient import CYCLES, JOBS, POLICIES
 from api.history import History
 from api.proxy import proxy
 from api.rights import installed
@@ -95,7 +95,7 @@ def test_a_policy_deleted_after_the_admission_that_no_status_tells(stage: Stage,
         stage.jobs.hold = lambda _: False
         stage.operator.start()
         stage.reached("Committed")
-    assert stage.errors() == []
+        assert stage.errors() == []
 
 
 def admitted(stage: Stage) -> bool:
@@ -107,7 +107,9 @@ def test_a_cycle_deleted_and_applied_again_begins_anew(stage: Stage) -> None:
     stage.begin(defaults={"store": stage.store_spec, "settings": {**SETTINGS}})
     stage.cycle("again")
     stage.launched("analyse")
-    stage.api.delete(CYCLES, stage.namespace, "again")
+    with controllers(stage.server, "garbage-collector-controller"):
+        stage.api.delete(CYCLES, stage.namespace, "again")
+        stage.wait(lambda: not stage.api.list(JOBS, stage.namespace))
     stage.jobs.hold = lambda _: False
     stage.cycle("again")
     status = stage.reached("Committed", "again", seconds=SECOND_LOOK)
