@@ -32,14 +32,18 @@ def open_store(
     region: str | None = None,
     ca_bundle: str | None = None,
     credentials: Credentials | None = None,
+    largest: int | None = None,
 ) -> ObjectStore:
     """The store of the run at `s3://bucket/prefix`, `file:///folder` or a plain path.
 
-    Endpoint, region, CA bundle and credentials are for S3; left out, the usual AWS variables count. StoreError if the
+    Endpoint, region, CA bundle and credentials are for S3; left out, the usual AWS variables count. `largest` is how
+    many bytes an object may have that is read as a whole; larger ones are Damaged (S3 only). StoreError if the
     URI is malformed, lies inside another run, contains one, or holds folders that are no run's. To know that, the store
     is asked, so this may also end in Refused or Unreachable.
     """
-    store = _store_for(uri, endpoint=endpoint, region=region, ca_bundle=ca_bundle, credentials=credentials)
+    store = _store_for(
+        uri, endpoint=endpoint, region=region, ca_bundle=ca_bundle, credentials=credentials, largest=largest
+    )
     for ancestor in store.ancestors():
         if _is_run(ancestor):
             raise StoreError(f"{uri} lies inside the run {ancestor.uri}; give each run a prefix outside of all others")
@@ -75,7 +79,13 @@ def probe(store: ObjectStore) -> None:
 
 
 def _store_for(
-    uri: str, *, endpoint: str | None, region: str | None, ca_bundle: str | None, credentials: Credentials | None
+    uri: str,
+    *,
+    endpoint: str | None,
+    region: str | None,
+    ca_bundle: str | None,
+    credentials: Credentials | None,
+    largest: int | None,
 ) -> LocalStore | S3Store:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in ("s3", "file"):
@@ -98,6 +108,7 @@ def _store_for(
             region=region,
             ca_bundle=ca_bundle,
             credentials=credentials,
+            largest=largest,
         )
     return LocalStore(uri)
 

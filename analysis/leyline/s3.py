@@ -46,6 +46,7 @@ from leyline.digest import digest_bytes, sha256_hex
 from leyline.store import (
     CHUNK,
     Changed,
+    Damaged,
     Data,
     Exists,
     Head,
@@ -117,7 +118,10 @@ class S3Store:
         ca_bundle: str | None = None,
         credentials: Credentials | None = None,
         deadline: float = 30.0,
+        largest: int | None = None,
     ) -> None:
+        """`largest`: bytes that `get` reads at most; a larger object is Damaged."""
+        self._largest = largest
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._deadline = deadline
@@ -158,7 +162,13 @@ class S3Store:
         name = self._name(key)
 
         def read() -> bytes:
-            with closing(self._client.get_object(Bucket=self._bucket, Key=name)["Body"]) as body:
+            answer = self._client.get_object(Bucket=self._bucket, Key=name)
+            with closing(answer["Body"]) as body:
+                if self._largest is not None and answer["ContentLength"] > self._largest:
+                    raise Damaged(
+                        f"{key} in {self.uri} is {answer['ContentLength']:,} bytes; at most {self._largest:,} are read "
+                        "as a whole. Remove it, or write it smaller"
+                    )
                 return body.read()
 
         return self._ask(key, read)

@@ -25,6 +25,9 @@ KEPT = 2_000
 SECRET_SECONDS = 60.0
 """How old a Secret may be: a rotated key is used after this long."""
 SECRET_BYTES = 200_000
+LARGEST_BYTES = 128 * 1024 * 1024
+"""Objects that are read as a whole are at most this large (masks of a billion single weights are): what a tenant's run
+holds must not end the process of all."""
 FILES = 100
 """CA bundles that are kept as files."""
 
@@ -41,6 +44,11 @@ class Access:
     run: str
     store: StoreSpec
 
+    @property
+    def name(self) -> str:
+        """The run and where it lies: the same URI at another endpoint is another one."""
+        return f"{self.run} at {self.store.endpoint}" if self.store.endpoint else self.run
+
 
 @dataclass(kw_only=True)
 class OpenRun:
@@ -52,6 +60,8 @@ class OpenRun:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     checked: int = -1
     """The newest record that a status named and that was found in the log."""
+    told: int = -1
+    """The newest record of which those who wait for this run were told."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,12 @@ class Runs:
         self._open: OrderedDict[Access, tuple[_Reached, OpenRun]] = OrderedDict()
         self._secrets: dict[tuple[str, str], tuple[float, dict[str, str]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="emrakul-ca-")
+        """CA bundles; gone with close()."""
         self.trust: Trust | None = trust_from_environment()
         self.keys: tuple[SigningKey, ...] = signing_keys_from_environment()
+
+    def close(self) -> None:
+        self._folder.cleanup()
 
     async def open(self, access: Access, *, seen: tuple[int, str] | None = None) -> OpenRun:
         """The run, its newest record read. `seen` is a record known from before (a status).
@@ -103,6 +117,7 @@ class Runs:
             region=access.store.region,
             ca_bundle=reached.ca_bundle,
             credentials=reached.credentials,
+            largest=LARGEST_BYTES,
         )
         log = Log(store, keys=self.keys, trust=self.trust, seen=seen)
         log.tail()

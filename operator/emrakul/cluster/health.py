@@ -16,6 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from emrakul.cluster.metrics import Metrics
+from leyline.store import Changed, Damaged, NotFound, StoreError
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format, as every version of it reads it."""
@@ -51,6 +52,8 @@ class Health:
         """Whose end is ours."""
         self.deaf: str | None = None
         """The sentence of Freshness, on the way to the end of the process."""
+        self.left_out: tuple[str, ...] = ()
+        """Namespaces of the configuration that may not be read."""
         self._clock, self._now = clock, now
         self._listed = False
         self._heard: float | None = None
@@ -66,12 +69,11 @@ class Health:
         """The watch told something."""
         self._heard = self._clock()
 
-    def store_answered(self, run: str) -> None:
-        """The store of this run works."""
-        self._stores[run] = _Store(self._clock())
-
-    def store_failed(self, run: str, error: Exception) -> None:
-        """The store of this run does not answer; since when, the first failure says."""
+    def store_said(self, run: str, error: StoreError | None = None) -> None:
+        """What the store of this run answered last; that an object is damaged or gone is an answer too."""
+        if error is None or isinstance(error, NotFound | Changed | Damaged):
+            self._stores[run] = _Store(self._clock())
+            return
         before = self._stores.get(run)
         since = before.since if before and before.since else self._now()
         self._stores[run] = _Store(self._clock(), str(error), since)
@@ -104,6 +106,7 @@ class Health:
             "operatorClass": self.operator_class,
             "ready": self.unready is None,
             "message": self.unready,
+            "leftOut": self.left_out,
             "liveCycles": self.metrics.live_cycles,
             "store": self._store(),
             "watch": {
