@@ -28,7 +28,7 @@ def test_what_is_larger_than_is_read_as_a_whole_is_damaged(s3: S3Store) -> None:
     bucket, _, prefix = s3.uri.removeprefix("s3://").partition("/")
     bounded = S3Store(bucket, prefix, largest=1000)
     assert len(bounded.get("fits")) == 1000
-    with pytest.raises(Damaged, match="big in .* is 1,001 bytes; at most 1,000 are read as a whole"):
+    with pytest.raises(Damaged, match=r"big in .* is 1,001 bytes; at most 1,000 are read as a whole"):
         bounded.get("big")
 
 
