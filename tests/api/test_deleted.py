@@ -179,7 +179,8 @@ def test_a_cycle_goes_after_its_time_once_its_record_was_read_back(stage: Stage)
     record = stage.store.get(key)
     stage.store.delete(key)
     log = stage.operator.log
-    stage.wait(lambda: f"log/0/{status['record']}" in log.read_text(), seconds=30)
+    gone = (f"log/0/{status['record']}", f"record {status['record']} was seen before and is gone")
+    stage.wait(lambda: any(what in log.read_text() for what in gone), seconds=30)
     assert stage.status()["outcome"] == "Committed", "the record is not there: the resource is all that is left"
     stage.store.put_if_absent(key, record)
     stage.wait(lambda: not stage.cycles(), seconds=90)

@@ -107,8 +107,8 @@ def test_a_rotated_secret_is_used_and_the_old_connection_let_go(stage: Stage, mo
 
     async def rotate() -> tuple[int, int]:
         kube = await Kube.connect()
+        runs = Runs(kube, OperatorConfig(images=Images(worker="w", validator="v")))
         try:
-            runs = Runs(kube, OperatorConfig(images=Images(worker="w", validator="v")))
             spec = {**stage.store_spec, "caBundleRef": {"name": "s3", "key": "ca.crt"}}
             wanted = Access(namespace=stage.namespace, run=stage.run, store=StoreSpec.model_validate(spec))
             sizes, before = [], None
@@ -123,6 +123,7 @@ def test_a_rotated_secret_is_used_and_the_old_connection_let_go(stage: Stage, mo
                 sizes.append(memory())
             return sizes[9], sizes[-1]
         finally:
+            runs.close()
             await kube.close()
 
     early, late = asyncio.run(rotate())
