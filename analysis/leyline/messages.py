@@ -118,6 +118,9 @@ class CheckpointMetadata(Message):
     tracker: str | None = None
     """The tracker's own state, restored by a rollback to this checkpoint."""
     objects: tuple[StoredObject, ...]
+    imported_from: str | None = None
+    """Where the weights lie, if nobody of ours wrote them: the URI of a folder outside of the run, of which the objects
+    in `weights` are read by their paths, and that is never written to or deleted from."""
     baked: MaskRef | None = None
     """The masks that the saved weights already carry."""
     num_params: int = Field(ge=0)

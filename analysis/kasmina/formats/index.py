@@ -158,12 +158,25 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def read_shards(store: ObjectStore, path: str) -> tuple[str, ...]:
+    """The paths of the shards that an index names, of which no digest is known yet."""
+    _check_index_size(path, store.head(path).size)
+    return tuple(sorted(set(_weights_by_shard(store.get(path), path).values())))
+
+
 def _weight_map(store: ObjectStore, prefix: str, stored: StoredObject) -> dict[str, str]:
     """Tensor name -> shard's path in the checkpoint's folder."""
     path, size = stored.path, stored.digest.size
+    _check_index_size(path, size)
+    return _weights_by_shard(verified_range(store, prefix + path, stored.digest, 0, size), path)
+
+
+def _check_index_size(path: str, size: int) -> None:
     if size > MAX_HEADER:
         raise Malformed(f"{path} is {size:,} bytes long; more than {MAX_HEADER:,} is refused")
-    data = verified_range(store, prefix + path, stored.digest, 0, size)
+
+
+def _weights_by_shard(data: bytes, path: str) -> dict[str, str]:
     try:
         document = json.loads(data, object_pairs_hook=_unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:

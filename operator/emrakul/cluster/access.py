@@ -103,6 +103,7 @@ class Runs:
             region=access.store.region,
             ca_bundle=reached.ca_bundle,
             credentials=reached.credentials,
+            may_borrow=lambda uri: self._config.allows(access.namespace, uri),
         )
         log = Log(store, keys=self.keys, trust=self.trust, seen=seen)
         log.tail()
