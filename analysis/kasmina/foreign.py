@@ -22,8 +22,14 @@ from kasmina.formats import TensorRef, read_index
 from kasmina.formats.index import INDEX, SAFETENSORS, read_shards
 from leyline import exits, layout
 from leyline.digest import Digester, ObjectDigest, digest_bytes, sha256_hex
-from leyline.envelope import SigningKey, Trust, Untrusted, open_envelope, signing_keys_from_environment
-from leyline.envelope import trust_from_environment
+from leyline.envelope import (
+    SigningKey,
+    Trust,
+    Untrusted,
+    open_envelope,
+    signing_keys_from_environment,
+    trust_from_environment,
+)
 from leyline.fold import RunState
 from leyline.ids import checkpoint_name, parameter_uuid
 from leyline.log import Log, NoRun, NotAllowed

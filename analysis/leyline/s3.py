@@ -287,7 +287,9 @@ class S3Store:
             raise StoreError(f"{uri} is in another kind of store than the run {self.uri}; copy it into the run's store")
         checked_key(rest)
         if not self._may_borrow(uri):
-            raise NotLent(f"a checkpoint of the run {self.uri} lies at {uri}, which no prefix of allowedRunPrefixes has")
+            raise NotLent(
+                f"a checkpoint of the run {self.uri} lies at {uri}, which no prefix of allowedRunPrefixes has"
+            )
         other = copy(self)
         other._bucket, _, prefix = rest.partition("/")
         other._prefix = f"{prefix}/" if prefix else ""

@@ -88,7 +88,7 @@ def test_an_index_and_its_shards_must_agree(run: LocalStore, tmp_path: Path) -> 
     with pytest.raises(StoreError, match="model-00002-of-00003.safetensors in file:.* does not exist"):
         adopt(run, str(folder))
     index = folder / "model.safetensors.index.json"
-    outside = {"weight_map": {name: "../run.safetensors" for name in WEIGHTS}}
+    outside = {"weight_map": dict.fromkeys(WEIGHTS, "../run.safetensors")}
     index.write_text(json.dumps(outside))
     with pytest.raises(StoreError, match="is no object key"):
         adopt(run, str(folder))
