@@ -1,4 +1,4 @@
-"""What every trainer's callback does, whatever the trainer calls its events: `kasmina.huggingface`, `kasmina.lightning`.
+"""What every trainer's callback does: `kasmina.huggingface` and `kasmina.lightning` only know what events are called.
 
 Training is never stopped for the store's sake: a publish that fails is a warning, and the next save tries again. What
 is wrong with the set-up (another model, a step that does not follow, several processes) raises at the first event.

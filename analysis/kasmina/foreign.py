@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 from kasmina.formats import TensorRef, read_index
@@ -114,10 +115,10 @@ def adopt(
         term=state.term if state and state.opened >= 0 else 1,
     )
     size = sum(digest.size for digest in digests.values())
-    said = {"uri": run.uri, "imported_from": found.place.uri, "parameters": metadata.num_params, "bytes": size}
+    said = partial(Imported, uri=run.uri, imported_from=found.place.uri, parameters=metadata.num_params, bytes=size)
     if state is not None:
         if (known := _known(state, metadata.name)) is not None:
-            return Imported(record=known[0], checkpoint=known[1], new=False, **said)
+            return said(record=known[0], checkpoint=known[1], new=False)
         _check_imports_only(log, run)
     ready = seal_ready(metadata, keys)
     _check_signed(ready, trust)
@@ -133,7 +134,7 @@ def adopt(
         evidence={layout.checkpoint(metadata.name, layout.READY): sha256_hex(ready)},
     )
     entry = log.append(draft, base=state.n if state else 0)
-    return Imported(record=entry.record.n, checkpoint=metadata.name, new=True, **said)
+    return said(record=entry.record.n, checkpoint=metadata.name, new=True)
 
 
 def find(run: ObjectStore, uri: str) -> Found:
@@ -241,8 +242,8 @@ def _check_imports_only(log: Log, run: ObjectStore) -> None:
     for record in log.since(0):
         if record.kind is Kind.OPEN and record.id != OPEN:
             raise NotAllowed(
-                f"a trainer opened the run {run.uri} (record {record.n}), and its checkpoints follow each other; import "
-                "into a run of its own"
+                f"a trainer opened the run {run.uri} (record {record.n}), and its checkpoints follow each other; "
+                "import into a run of its own"
             )
 
 
@@ -253,8 +254,8 @@ def _check_signed(ready: bytes, trust: Trust | None) -> None:
         open_envelope(ready, PAYLOAD, trust, roles=WRITERS)
     except Untrusted as error:
         raise Untrusted(
-            "EMRAKUL_TRUST is set, so what is imported must be signed, or nobody would read it: set EMRAKUL_SIGNING_KEY "
-            "to a key that is trusted for trainer"
+            "EMRAKUL_TRUST is set, so what is imported must be signed, or nobody would read it: set EMRAKUL_SIGNING_KEY to "
+            "a key that is trusted for trainer"
         ) from error
 
 

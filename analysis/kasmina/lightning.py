@@ -45,8 +45,8 @@ class KasminaCallback(Callback):
         for saving in trainer.checkpoint_callbacks:
             if isinstance(saving, ModelCheckpoint) and saving.save_weights_only:
                 raise ValueError(
-                    "a ModelCheckpoint has save_weights_only=True, and Lightning tells no callback of such saves; leave "
-                    "it out, or nothing would be published"
+                    "a ModelCheckpoint has save_weights_only=True, and Lightning tells no callback of such saves; "
+                    "leave it out, or nothing would be published"
                 )
         self.events.begin(
             self._model or pl_module,
@@ -96,4 +96,5 @@ class KasminaCallback(Callback):
 
     @staticmethod
     def _reports(step: int, trainer: Trainer) -> bool:
-        return step % max(1, trainer.log_every_n_steps) == 0
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of it
+        return step % max(1, every) == 0

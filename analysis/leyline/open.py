@@ -37,8 +37,9 @@ def open_store(
     """The store of the run at `s3://bucket/prefix`, `file:///folder` or a plain path.
 
     Endpoint, region, CA bundle and credentials are for S3; left out, the usual AWS variables count. `may_borrow` (S3)
-    says where imported checkpoints of this run may lie, by URI. StoreError if the URI is malformed, lies inside another run, contains one, or holds folders that are no run's. To know that, the store
-    is asked, so this may also end in Refused or Unreachable.
+    says where imported checkpoints of this run may lie, by URI. StoreError if the URI is malformed, lies inside another
+    run, contains one, or holds folders that are no run's. To know that, the store is asked, so this may also end in
+    Refused or Unreachable.
     """
     store = _store_for(
         uri, endpoint=endpoint, region=region, ca_bundle=ca_bundle, credentials=credentials, may_borrow=may_borrow

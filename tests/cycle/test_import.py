@@ -1,4 +1,4 @@
-"""A real model that kasmina never saw, MiniLM as it was downloaded: imported, a cycle, and then trained on from there."""
+"""A real model that kasmina never saw, MiniLM as it was downloaded: imported, a cycle, then trained on from there."""
 
 from __future__ import annotations
 

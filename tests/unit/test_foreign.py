@@ -98,7 +98,7 @@ def test_an_index_and_its_shards_must_agree(run: LocalStore, tmp_path: Path) -> 
 def test_a_header_that_lies_is_refused(run: LocalStore, folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(Malformed, match="model.safetensors"):
+    with pytest.raises(Malformed, match=r"model\.safetensors"):
         adopt(run, str(folder))
     assert nothing(run)
 
