@@ -254,8 +254,8 @@ def _check_signed(ready: bytes, trust: Trust | None) -> None:
         open_envelope(ready, PAYLOAD, trust, roles=WRITERS)
     except Untrusted as error:
         raise Untrusted(
-            "EMRAKUL_TRUST is set, so what is imported must be signed, or nobody would read it: set EMRAKUL_SIGNING_KEY to "
-            "a key that is trusted for trainer"
+            "EMRAKUL_TRUST is set, so what is imported must be signed, or nobody would read it: "
+            "set EMRAKUL_SIGNING_KEY to a key that is trusted for trainer"
         ) from error
 
 

@@ -158,8 +158,8 @@ class Lightning:
 
     def options(self) -> dict[str, Any]:
         return {
-            "max_epochs": 2, "log_every_n_steps": 2, "accelerator": "cpu", "logger": False, "default_root_dir": self.folder,
-            "enable_progress_bar": False, "enable_model_summary": False,
+            "max_epochs": 2, "log_every_n_steps": 2, "accelerator": "cpu", "logger": False,
+            "default_root_dir": self.folder, "enable_progress_bar": False, "enable_model_summary": False,
         }  # fmt: skip
 
     def saving(self) -> ModelCheckpoint:
@@ -208,8 +208,8 @@ def topology_of(model: nn.Module) -> Topology:
 
 
 def run_snippet(practice: Practice) -> None:
-    evaluation = (X, Y)
-    exec(SNIPPETS[practice.title], {"uri": practice.uri, "example": X[:2], "evaluation": evaluation, **practice.namespace()})  # fmt: skip
+    names = {"uri": practice.uri, "example": X[:2], "evaluation": (X, Y), **practice.namespace()}
+    exec(SNIPPETS[practice.title], names)
 
 
 def tree(folder: Path) -> Mapping[str, bytes]:

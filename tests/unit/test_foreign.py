@@ -73,7 +73,7 @@ def test_a_folder_without_weights_or_with_too_many(run: LocalStore, folder: Path
     with pytest.raises(Malformed, match="holds no safetensors object"):
         adopt(run, str(folder.parent / "nowhere"))
     (folder / "adapter.safetensors").write_bytes(builders.safetensors(WEIGHTS))
-    with pytest.raises(Malformed, match="0 indexes and 2 safetensors objects.*name its file or its index"):
+    with pytest.raises(Malformed, match=r"0 indexes and 2 safetensors objects.*name its file or its index"):
         adopt(run, str(folder))
     assert nothing(run)
     assert adopt(run, str(folder / "adapter.safetensors")).new
@@ -85,7 +85,7 @@ def test_an_index_and_its_shards_must_agree(run: LocalStore, tmp_path: Path) -> 
     for path, data in builders.sharded(WEIGHTS, 3).items():
         (folder / path).write_bytes(data)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(StoreError, match="model-00002-of-00003.safetensors in file:.* does not exist"):
+    with pytest.raises(StoreError, match=r"model-00002-of-00003.safetensors in file:.* does not exist"):
         adopt(run, str(folder))
     index = folder / "model.safetensors.index.json"
     outside = {"weight_map": dict.fromkeys(WEIGHTS, "../run.safetensors")}
@@ -109,7 +109,7 @@ def test_a_checkpoint_inside_a_run_may_be_deleted_by_its_gc(run: LocalStore, fol
     inside.mkdir(parents=True)
     (inside / "model.safetensors").write_bytes(builders.safetensors(WEIGHTS))
     for other in (run, LocalStore(tmp_path / "other")):
-        with pytest.raises(StoreError, match="lies in the run file://.*copy it out of there"):
+        with pytest.raises(StoreError, match=r"lies in the run file://.*copy it out of there"):
             adopt(other, str(inside))
 
 
