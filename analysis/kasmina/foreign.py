@@ -17,10 +17,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
 
-from kasmina.formats import TensorRef, read_index
-from kasmina.formats.index import INDEX, SAFETENSORS, read_shards
+from kasmina.formats import Box, Recognised, TensorRef, read_recognised, recognise
+from kasmina.formats.index import INDEX, SAFETENSORS
+from kasmina.formats.recognise import TORCH, recognise_object
 from leyline import exits, layout
 from leyline.digest import Digester, ObjectDigest, digest_bytes, sha256_hex
 from leyline.envelope import (
@@ -49,8 +49,6 @@ TOPOLOGY = "topology.json"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _STEP = re.compile(r"(\d{1,12})$")
 
-Format = Literal["safetensors", "safetensors-sharded"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -58,9 +56,7 @@ class Found:
 
     place: ObjectStore
     """The folder that it lies in."""
-    format: Format
-    weights: tuple[str, ...]
-    """Paths in that folder."""
+    checkpoint: Recognised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +98,7 @@ def adopt(
     model = model_id or (state.model_id if state else last)
     if state is not None and state.model_id != model:
         raise NotAllowed(f"{run.uri} is a run of model {state.model_id}, not {model}; import into a run of its own")
-    digests = {path: _digest(found.place, path) for path in found.weights}
+    digests = {path: _digest(found.place, path) for path in found.checkpoint.objects}
     if step is None:
         step = int(match[1]) if (match := _STEP.search(found.place.uri)) else 0
     metadata, topology = _described(
@@ -138,9 +134,9 @@ def adopt(
 
 
 def find(run: ObjectStore, uri: str) -> Found:
-    """The checkpoint at `uri`: one safetensors file, or shards with their index. Malformed if it is none."""
+    """The checkpoint at `uri`, a folder or its one file or index. Malformed if there is none, or more than one."""
     folder, name = uri, ""
-    if uri.endswith((SAFETENSORS, INDEX)):
+    if uri.endswith((SAFETENSORS, INDEX, *TORCH)):
         name = uri.rpartition("/")[2]
         folder = uri.removesuffix(name) or "."
     place = run.lender(folder)
@@ -148,20 +144,7 @@ def find(run: ObjectStore, uri: str) -> Found:
         raise StoreError(
             f"{uri} lies in the run {owner}, whose gc deletes what that run needs no longer; copy it out of there"
         )
-    names = [name] if name else [head.key for head in place.list("") if "/" not in head.key]
-    indexes = [name for name in names if name.endswith(INDEX)]
-    files = [name for name in names if name.endswith(SAFETENSORS)]
-    if len(indexes) == 1:
-        shards = read_shards(place, indexes[0])
-        return Found(place=place, format="safetensors-sharded", weights=(indexes[0], *shards))
-    if not indexes and len(files) == 1:
-        return Found(place=place, format="safetensors", weights=(files[0],))
-    if not indexes and not files:
-        raise Malformed(f"{uri} holds no safetensors object; name the folder that holds the checkpoint, or its file")
-    raise Malformed(
-        f"{uri} holds {len(indexes)} indexes and {len(files)} safetensors objects, so it is not clear which are the "
-        "checkpoint; name its file or its index"
-    )
+    return Found(place=place, checkpoint=recognise_object(place, name) if name else recognise(place, ""))
 
 
 def _digest(place: ObjectStore, path: str) -> ObjectDigest:
@@ -187,7 +170,7 @@ def _described(
     What has one axis stays out: it may be a bias, a norm, or a running statistic, and only the model knows which.
     """
     said = hashlib.sha256("\0".join((found.place.uri, str(epoch))).encode())
-    for path in found.weights:
+    for path in found.checkpoint.objects:
         said.update(f"\0{path}\0{digests[path].root}".encode())
     name = checkpoint_name(step, term, said.hexdigest()[:8])
     draft = CheckpointMetadata(
@@ -198,15 +181,15 @@ def _described(
         step=step,
         epoch=epoch,
         term=term,
-        format=found.format,
-        weights=found.weights,
+        format=found.checkpoint.format,
+        weights=found.checkpoint.objects,
         topology=TOPOLOGY,
-        objects=tuple(StoredObject(path=path, digest=digests[path]) for path in found.weights),
+        objects=tuple(StoredObject(path=path, digest=digests[path]) for path in found.checkpoint.objects),
         imported_from=found.place.uri,
         num_params=0,
-        num_bytes=sum(digests[path].size for path in found.weights),
+        num_bytes=sum(digests[path].size for path in found.checkpoint.objects),
     )
-    topology = _topology(read_index(found.place, "", draft), model_id)
+    topology = _topology(read_recognised(found.place, "", found.checkpoint), model_id)
     if not topology.parameters:
         raise Malformed(f"{found.place.uri} holds no float tensor of two axes or more, so there is nothing to prune")
     stored = StoredObject(path=TOPOLOGY, digest=digest_bytes(topology.canonical()))
@@ -215,11 +198,15 @@ def _described(
 
 
 def _topology(index: Mapping[str, TensorRef], model_id: str) -> Topology:
-    parameters = {
-        name: Parameter(uuid=parameter_uuid(name, ref.shape, model_id), shape=ref.shape)
-        for name, ref in sorted(index.items())
-        if ref.dtype in _FLOATS and len(ref.shape) >= 2 and ref.size
-    }
+    """Names of one stored tensor are tied, and the first of them is the parameter's."""
+    names: dict[tuple[Box, ...], list[str]] = {}
+    for name, ref in sorted(index.items()):
+        if ref.dtype in _FLOATS and len(ref.shape) >= 2 and ref.size and not ref.shared:
+            names.setdefault(ref.boxes, []).append(name)
+    parameters = {}
+    for first, *others in names.values():
+        shape = index[first].shape
+        parameters[first] = Parameter(uuid=parameter_uuid(first, shape, model_id), shape=shape, aliases=tuple(others))
     return Topology(model_id=model_id, parameters=parameters)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kasmina.enforce import MaskEnforcer, MasksDoNotFit
-from kasmina.formats.index import TensorRef
+from kasmina.formats import TensorRef
 from kasmina.tensor_files import TORCH
 from kasmina.training_state import ModelDoesNotFit, Stepped, Training, forget_slots, restore_slot, stepped
 from leyline.masks import Masks

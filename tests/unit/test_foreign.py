@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint
 
 import builders
 from histories import History
+from kasmina import load_tip
 from kasmina.foreign import adopt, main
 from leyline import exits
 from leyline.envelope import Trust, Untrusted, generate_key
@@ -68,15 +71,15 @@ def test_integers_alone_are_nothing_to_prune(run: LocalStore, folder: Path) -> N
 
 
 def test_a_folder_without_weights_or_with_too_many(run: LocalStore, folder: Path) -> None:
-    with pytest.raises(Malformed, match="holds no safetensors object; name the folder"):
-        adopt(run, str(folder.parent))
-    with pytest.raises(Malformed, match="holds no safetensors object"):
-        adopt(run, str(folder.parent / "nowhere"))
-    (folder / "adapter.safetensors").write_bytes(builders.safetensors(WEIGHTS))
-    with pytest.raises(Malformed, match=r"0 indexes and 2 safetensors objects.*name its file or its index"):
+    for nowhere in (folder.parent / "empty", folder.parent / "nowhere"):
+        with pytest.raises(Malformed, match="holds no checkpoint"):
+            adopt(run, str(nowhere))
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes(builders.safetensors(WEIGHTS))
+    with pytest.raises(Malformed, match="holds 2 checkpoints"):
         adopt(run, str(folder))
     assert nothing(run)
-    assert adopt(run, str(folder / "adapter.safetensors")).new
+    assert adopt(run, str(folder / "b.safetensors")).new
 
 
 def test_an_index_and_its_shards_must_agree(run: LocalStore, tmp_path: Path) -> None:
@@ -85,14 +88,43 @@ def test_an_index_and_its_shards_must_agree(run: LocalStore, tmp_path: Path) -> 
     for path, data in builders.sharded(WEIGHTS, 3).items():
         (folder / path).write_bytes(data)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(StoreError, match=r"model-00002-of-00003.safetensors in file:.* does not exist"):
-        adopt(run, str(folder))
     index = folder / "model.safetensors.index.json"
-    outside = {"weight_map": dict.fromkeys(WEIGHTS, "../run.safetensors")}
-    index.write_text(json.dumps(outside))
-    with pytest.raises(StoreError, match="is no object key"):
+    with pytest.raises(Malformed, match=r"model-00002-of-00003.safetensors', which does not stand beside it"):
         adopt(run, str(folder))
+    with pytest.raises(StoreError, match=r"model-00002-of-00003.safetensors in file:.* does not exist"):
+        adopt(run, str(index))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, "../run.safetensors")}))
+    with pytest.raises(Malformed, match="which does not stand beside it"):
+        adopt(run, str(folder))
+    with pytest.raises(StoreError, match="is no object key"):
+        adopt(run, str(index))
     assert nothing(run)
+
+
+# one process saves alone here, and torch says so
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "epoch=3.ckpt", "dcp"])
+def test_torchs_own_formats(run: LocalStore, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    kernel = torch.arange(12.0).reshape(3, 4)
+    model = {"fc.weight": kernel, "twin.weight": kernel, "other.weight": kernel + 1, "fc.bias": torch.zeros(3)}
+    if name == "dcp":
+        torch.distributed.checkpoint.save(model, checkpoint_id=folder, no_dist=True)
+    else:
+        torch.save(model, folder / name)
+    done = adopt(run, str(folder))
+    assert adopt(run, str(folder if name == "dcp" else folder / name)).record == done.record
+    topology = Topology.parse(run.get(f"checkpoints/{done.checkpoint}/topology.json"), name="topology")
+    loaded = load_tip(run)
+    assert all(torch.equal(loaded[key], value) for key, value in model.items())
+    if name == "dcp":  # it stores every name for itself
+        assert set(topology.parameters) == {"fc.weight", "twin.weight", "other.weight"}
+    else:
+        assert {key: one.aliases for key, one in topology.parameters.items()} == {
+            "fc.weight": ("twin.weight",),
+            "other.weight": (),
+        }
 
 
 def test_a_header_that_lies_is_refused(run: LocalStore, folder: Path) -> None:
