@@ -37,6 +37,7 @@ def recognise(store: ObjectStore, prefix: str) -> Recognised:
         sharded = _sharded(store, index, found[index])
         _present(list(sharded.objects), found, index)
         return sharded
+    form: Format
     for form, endings in (("safetensors", (SAFETENSORS,)), ("torch-zip", TORCH)):
         paths = [path for path in found if path.endswith(endings)]
         usual = [path for path in paths if basename(path) in _WEIGHTS]
