@@ -31,7 +31,7 @@ from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
 from leyline.report import newest_report
-from leyline.store import Damaged, Head, NotFound, ObjectStore
+from leyline.store import Damaged, Head, NotFound, NotLent, ObjectStore
 from leyline.topology import Topology, coverage
 from leyline.verdict import open_verdict
 
@@ -215,6 +215,8 @@ class Observer:
                 _check_size(self.store, name, stored.path, stored.digest.size)
         except Untrusted as error:
             return Checkpoint(unusable=Finding(Reason.UNTRUSTED, str(error)))
+        except NotLent as error:
+            return Checkpoint(unusable=Finding(Reason.RUN_NOT_ALLOWED, str(error)))
         except (Malformed, Damaged, NotFound) as error:
             return Checkpoint(unusable=Finding(Reason.INVALID_INPUT, str(error)))
         return Checkpoint(metadata=metadata, groups=len(topology.groups), coverage=coverage(topology))

@@ -118,6 +118,7 @@ class Runs:
             ca_bundle=reached.ca_bundle,
             credentials=reached.credentials,
             largest=LARGEST_BYTES,
+            may_borrow=lambda uri: self._config.allows(access.namespace, uri),
         )
         log = Log(store, keys=self.keys, trust=self.trust, seen=seen)
         log.tail()
