@@ -185,7 +185,8 @@ def make_run(
 ) -> Run:
     """Write one checkpoint with READY.json, unsigned. `importance` becomes importance.safetensors, `more` as it is.
 
-    `stored` are the weights' objects in another format. `written` streams the weights, too large for memory, instead of `weights`. The log is not touched.
+    `stored` are the weights' objects in another format. `written` streams the weights, too large for memory, instead
+    of `weights`. The log is not touched.
     """
     topology = topology or toy_topology()
     written = written or {}

@@ -1,4 +1,4 @@
-"""The same weights in every format that is read, written by torch itself; and what each format's own loader makes of it."""
+"""The same weights in every format that is read, written by torch; and what each format's own loader makes of it."""
 
 from __future__ import annotations
 

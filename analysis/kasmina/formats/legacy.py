@@ -36,9 +36,7 @@ def read_legacy(file: BinaryIO, *, name: str) -> dict[str, TensorRef]:
     return weights_of(refs, name=name)
 
 
-def _storages(
-    keys: Any, views: Iterable[View], at: int, size: int, name: str
-) -> dict[str, Record]:
+def _storages(keys: Any, views: Iterable[View], at: int, size: int, name: str) -> dict[str, Record]:
     """Where each storage lies; `at` is the byte behind the last pickle."""
     lengths = {view.storage: view.storage_bytes for view in views}
     records: dict[str, Record] = {}

@@ -45,7 +45,8 @@ _STORAGES = {
 }  # fmt: skip
 ALLOWED = frozenset(
     {
-        "collections.OrderedDict", "collections.Counter", "_codecs.encode", "torch.Size", "torch.device", "torch.Tensor",
+        "collections.OrderedDict", "collections.Counter", "_codecs.encode", "torch.Size", "torch.device",
+        "torch.Tensor",
         "torch.nn.parameter.Parameter", "torch.storage.UntypedStorage", "torch.serialization._get_layout",
         *(f"torch._utils._rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter",
                                                        "parameter_with_state")),
