@@ -230,7 +230,8 @@ ZIPS: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
 def tensor_pickle(**changed: bytes) -> bytes:
     """What torch writes for one float tensor of 100, with parts of it exchanged."""
     parts = {
-        "function": b"ctorch._utils\n_rebuild_tensor_v2\n", "type": b"ctorch\nFloatStorage\n", "key": b"X\1\0\0\0" + b"0",
+        "function": b"ctorch._utils\n_rebuild_tensor_v2\n", "type": b"ctorch\nFloatStorage\n",
+        "key": b"X\1\0\0\0" + b"0",
         "numel": b"Kd", "offset": b"K\0", "shape": b"Kd\x85", "strides": b"K\1\x85",
     } | changed  # fmt: skip
     storage = b"(X\7\0\0\0storage" + parts["type"] + parts["key"] + b"X\3\0\0\0cpu" + parts["numel"] + b"tQ"

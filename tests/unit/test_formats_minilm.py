@@ -28,7 +28,7 @@ from leyline.masks import Masks
 from leyline.messages import Requests, Slice, StructuralAnalysisRequest, Tie
 from leyline.topology import Parameter, Topology
 
-FORMS = ["safetensors", "torch-zip", "lightning", "torch-zip-sharded", "dcp", "dcp-grid"]
+FORMS = ["safetensors", "torch-zip", "lightning", "repacked", "torch-zip-sharded", "dcp", "dcp-grid"]
 BELOW = int(np.float32(0.01).view(np.uint32))
 CYCLE = "c1-0123456789"
 
