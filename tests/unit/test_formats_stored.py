@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,22 @@ def test_elements_that_two_chunks_share_are_zeroed_and_checked(store: LocalStore
     reader = Reader()
     assert b"".join(bytes(view) for view in reader.stream([s.extent for s in segments])) == weights["big"].raw
     reader.close()
+
+
+def test_a_checksum_before_its_data_is_that_of_all_of_it(store: LocalStore) -> None:
+    """Loaders look at the directory's; the other one is only right if the object passed by once before."""
+    shapes = {"big": Parameter(uuid="big", shape=(1200, 4000))}
+    topology = Topology(model_id="big", parameters=shapes, groups=())
+    weights = {"big": builders.tensor(np.ones((1200, 4000)), "F32")}
+    run = builders.make_run(store, topology=topology, weights=weights, stored=stored.repacked(weights))
+    active = np.arange(4_800_000) % 3 > 0
+    candidate = write_back(run, Masks(model_id="big", parameters=shapes, weights={"big": active}))
+    record = read_index(store, run.prefix, run.metadata)["big"].boxes[0].record
+    assert record is not None and record.crcs[0] < record.start and record.stop - record.start > CHUNK
+    data = candidate_objects(run)["model.pt"]
+    right = zlib.crc32(data[record.start : record.stop]).to_bytes(4, "little")
+    assert [data[at : at + 4] for at in record.crcs] == [right, right]
+    check_bytes(store, run.metadata, candidate, Masks("big", parameters=shapes, weights={"big": active}), topology)
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool,
