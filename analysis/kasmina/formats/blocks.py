@@ -30,9 +30,12 @@ class Bytes:
         return self._head.size
 
     def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Read these, and the little between them, in place of what was fetched before."""
+        """Read these, and the little between them, in place of what was fetched before; unless it is there already."""
         joined: list[tuple[int, int]] = []
-        for start, stop in sorted((max(start, 0), min(stop, self.size)) for start, stop in spans):
+        clipped = sorted((max(start, 0), min(stop, self.size)) for start, stop in spans)
+        if all(self._held(*span) is not None for span in clipped):
+            return
+        for start, stop in clipped:
             if joined and start - joined[-1][1] < _NEAR and stop - joined[-1][0] < _LARGEST:
                 joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
             elif start < stop:
@@ -45,10 +48,14 @@ class Bytes:
         """Bytes [start, stop). Malformed if the object does not have them."""
         if not 0 <= start <= stop <= self.size:
             raise Malformed(f"{self.key} speaks of bytes {start} to {stop}, it has {self.size:,}; it is truncated")
+        held = self._held(start, stop)
+        return self._get(start, stop) if held is None else held
+
+    def _held(self, start: int, stop: int) -> bytes | None:
         block = bisect_right(self._starts, start) - 1
-        if block >= 0 and stop <= self._starts[block] + len(self._blocks[block]):
-            return self._blocks[block][start - self._starts[block] : stop - self._starts[block]]
-        return self._get(start, stop)
+        if block < 0 or stop > self._starts[block] + len(self._blocks[block]):
+            return None
+        return self._blocks[block][start - self._starts[block] : stop - self._starts[block]]
 
     def _get(self, start: int, stop: int) -> bytes:
         return self._store.get_range(self.key, start, stop, pin=self._head.pin)

@@ -45,7 +45,8 @@ _STORAGES = {
 }  # fmt: skip
 ALLOWED = frozenset(
     {
-        "collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "torch.Tensor",
+        "collections.OrderedDict", "collections.Counter", "_codecs.encode", "torch.Size", "torch.device",
+        "torch.Tensor",
         "torch.nn.parameter.Parameter", "torch.storage.UntypedStorage", "torch.serialization._get_layout",
         *(f"torch._utils._rebuild_{what}" for what in ("tensor", "tensor_v2", "tensor_v3", "parameter",
                                                        "parameter_with_state")),
@@ -72,7 +73,7 @@ def read_torch(source: Bytes, begin: int, end: int, path: str, pin: str, *, name
     """The weights in the archive at bytes [begin, end) of the object `path`, by the names they have there."""
     tree, records = read_archive(source, begin, end, name=name)
     found = dict(tensors_of(tree, name=name))
-    boxes = {key: _box(view, records, path, pin, name) for key, view in found.items()}
+    boxes = {key: box_of(view, records, path, pin, name) for key, view in found.items()}
     shared = _shared(boxes)
     refs = {
         key: TensorRef(dtype=found[key].dtype, shape=box.shape, boxes=(box,), shared=".".join(shared.get(key, ())))
@@ -89,7 +90,7 @@ def read_box(
     view = _view(tree, name) if isinstance(tree, Call) else None
     if view is None or len(view.shape) != len(origin):
         raise Malformed(f"{name} holds something else than the tensor it is said to hold; save it again")
-    return view.dtype, replace(_box(view, records, path, pin, name), origin=origin)
+    return view.dtype, replace(box_of(view, records, path, pin, name), origin=origin)
 
 
 def read_archive(source: Bytes, begin: int, end: int, *, name: str) -> tuple[Any, dict[str, Record]]:
@@ -165,6 +166,8 @@ def _view(call: Call, name: str) -> View | None:
     storage, offset, shape, strides = args[0], args[1], _sides(args[2]), _sides(args[3])
     dtype = args[6] if what.endswith("v3") else None
     known = storage.id if isinstance(storage, Persistent) else None
+    if type(known) is tuple and len(known) == 6 and known[5] is None:  # what was written before 1.6 says it is no view
+        known = known[:5]
     if (
         type(known) is not tuple or len(known) != 5 or known[0] != "storage" or not isinstance(known[1], Global)
         or not isinstance(known[2], str) or not _natural(known[4]) or not _natural(offset)
@@ -194,7 +197,8 @@ def _sides(value: Any) -> tuple[int, ...] | None:
     return value
 
 
-def _box(view: View, records: Mapping[str, Record], path: str, pin: str, name: str) -> Box:
+def box_of(view: View, records: Mapping[str, Record], path: str, pin: str, name: str) -> Box:
+    """Where the tensor lies in the object `path`. Malformed if its storage is missing or too short."""
     record = records.get(view.storage)
     if record is None or record.stop - record.start != view.storage_bytes:
         found = "no" if record is None else f"{record.stop - record.start:,}"
@@ -202,7 +206,8 @@ def _box(view: View, records: Mapping[str, Record], path: str, pin: str, name: s
             f"{name}: storage {view.storage[:32]!r} has {found} bytes, a tensor says {view.storage_bytes:,}; save "
             "it again"
         )
-    end = (view.offset + reach(view.shape, view.strides)) * view.itemsize
+    offset = 0 if 0 in view.shape else view.offset  # an empty view may begin behind its storage
+    end = (offset + reach(view.shape, view.strides)) * view.itemsize
     if end > view.storage_bytes:
         raise Malformed(
             f"{name}: a tensor of shape {list(view.shape)} ends at byte {end:,} of storage {view.storage!r}, which has "
@@ -211,7 +216,7 @@ def _box(view: View, records: Mapping[str, Record], path: str, pin: str, name: s
     return Box(
         object=path,
         pin=pin,
-        offset=record.start + view.offset * view.itemsize,
+        offset=record.start + offset * view.itemsize,
         itemsize=view.itemsize,
         origin=(0,) * len(view.shape),
         shape=view.shape,

@@ -63,7 +63,9 @@ class _Archive:
         for number, entry in enumerate(entries):
             if number % _BATCH == 0:
                 batch = entries[number : number + _BATCH]
-                self._source.fetch((each.header - 32, each.header + _HEADER) for each in batch)
+                self._source.fetch(
+                    (max(each.header - 32, self._begin), min(each.header + _HEADER, self._end)) for each in batch
+                )
             if entry.header < taken:
                 raise self._refused(f"{entry.name} at byte {entry.header} overlaps what lies before it")
             records[entry.name], taken = self._record(entry, start)

@@ -20,6 +20,7 @@ COMMANDS = {
     "rollback": "Move the tip back to an older checkpoint.",
     "resume": "Let cycles commit again after a person's rollback.",
     "gc": "Retire old checkpoints and delete what nothing needs.",
+    "convert": "Turn a checkpoint from before torch 1.6 into safetensors.",
     "operator": "Run the operator in a Kubernetes cluster.",
     "keygen": "Make a signing key and its public half.",
 }
