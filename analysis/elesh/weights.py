@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -58,6 +59,14 @@ class Weights:
             path: PlainObject(self.store, prefix + path, self.metadata.object(path).digest, pin=pin)
             for path, pin in pins.items()
         }
+
+    def as_they_lie(self, slices: Iterable[Slice]) -> list[Slice]:
+        """The slices in the order of their bytes: read so, a chunk that several of them touch is read once."""
+        return sorted(slices, key=self._place)
+
+    def _place(self, slice_: Slice) -> tuple[str, int, int]:
+        ref = self.refs[slice_.parameter]
+        return ref.object, ref.offset, slice_.start
 
     def segments(self, slice_: Slice) -> list[Segment]:
         """The slice in pieces that one thread scores at a time. Malformed unless it is whole rows."""

@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kasmina.formats.index import bind, read_index
 from kasmina.rewrite import copy_masked, zeroed_weights
 from leyline import exits, layout, tensors
 from leyline.answers import with_result
-from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
+from leyline.bits import Bits, Packed, PackedBits, clear_packed, ones
 from leyline.candidate import Copied, copy_tasks
 from leyline.claims import Task, share
 from leyline.digest import sha256_hex, verified_range
@@ -117,18 +119,22 @@ def decided_masks(store: ObjectStore, decision: Decision, topology: Topology) ->
 def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], topology: Topology) -> Packed:
     """Basic pruning's active bits by parameter, from the packed bits in the answers that the decision names."""
     weights: dict[str, PackedBits] = {}
+    held: tuple[tuple[str, str], str, Mapping[str, NDArray[Any]]] = ("", ""), "", {}
     for item in decisions:
         name, start, stop = item.slice.parameter, item.slice.start, item.slice.stop
         parameter = topology.parameters.get(name)
         if parameter is None or stop > parameter.size or start >= stop:
             raise Malformed(f"the decision prunes {name} [{start}, {stop}), which the checkpoint's topology lacks")
-        path, data = with_result(store, item.answer, item.result)
-        packed = tensors.unpack(data, name=path)[0].get(f"{item.slice.key}/mask")
+        if held[0] != (item.answer, item.result):  # its slices stand one after the other: each answer is read once
+            path, data = with_result(store, item.answer, item.result)
+            held = (item.answer, item.result), path, tensors.unpack(data, name=path)[0]
+        packed, path = held[2].get(f"{item.slice.key}/mask"), held[1]
         if packed is None or packed.dtype != np.uint8 or packed.shape != ((stop - start + 7) // 8,):
             raise Malformed(f"{path} holds no {stop - start} packed bits of {item.slice.key}")
-        active = window(packed, 0, stop - start)
-        if not active.all():
-            clear(weights.setdefault(name, ones(parameter.size)), start, active)
+        if not np.array_equal(packed, ones(stop - start)):
+            if name not in weights:
+                weights[name] = ones(parameter.size)
+            clear_packed(weights[name], start, packed, stop - start)
     return Packed(weights, {name: topology.parameters[name].size for name in weights})
 
 
@@ -143,6 +149,7 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
     data = plan.masks.to_bytes()
     ref = MaskRef(path=layout.masks(update.cycle, update.base), digest=sha256_hex(data), counts=plan.masks.counts())
     store.put_if_absent(ref.path, data)
+    del data  # of basic pruning an eighth of a byte a weight
     tasks = copy_tasks(plan.metadata, base=update.base)
     outcome = share(
         store=store,

@@ -90,6 +90,7 @@ def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | No
     key = layout.decision(cycle)
     decision = Decision.parse(_known(store, key, candidate.decision), name=key)
     metadata = read_ready(store, request.checkpoint, trust)
+    used = {weight.answer: weight.result for weight in decision.weights}
     return Subject(
         request=request,
         candidate=candidate,
@@ -98,7 +99,7 @@ def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | No
         inherited=read_masks(store, request.inherited) if request.inherited else None,
         masks=read_masks(store, candidate.masks),
         decision=decision,
-        answers={weight.answer: with_result(store, weight.answer, weight.result)[1] for weight in decision.weights},
+        answers={folder: with_result(store, folder, result)[1] for folder, result in used.items()},
         trusted=trust is not None,
     )
 
