@@ -68,6 +68,8 @@ def _counts(
         for _ in found:
             total += next(results)
         arrays[f"{key}/bucket"], arrays[f"{key}/count"] = single.sparse(total)
+        if buckets is None and fisher is None and found[0].dtype in single.UPPER_ONLY:
+            arrays[f"{key}/whole"] = np.zeros(0, dtype=np.uint8)
     return arrays
 
 

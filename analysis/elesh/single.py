@@ -21,6 +21,9 @@ Counts = NDArray[np.int64]
 
 BUCKETS = 2**16
 
+UPPER_ONLY = frozenset({"BF16", "F8_E4M3", "F8_E5M2"})
+"""Dtypes whose magnitudes have at most 7 bits behind the point: of their keys the lower 16 bits are zero."""
+
 _LARGEST = np.finfo(np.float32).max
 
 

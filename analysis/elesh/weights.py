@@ -62,9 +62,10 @@ class Weights:
 
     def as_they_lie(self, slices: Iterable[Slice]) -> list[Slice]:
         """The slices in the order of their bytes: read so, a chunk that several of them touch is read once."""
-        return sorted(slices, key=self._place)
+        return sorted(slices, key=self.place)
 
-    def _place(self, slice_: Slice) -> tuple[str, int, int]:
+    def place(self, slice_: Slice) -> tuple[str, int, int]:
+        """Orders slices as their bytes lie."""
         ref = self.refs[slice_.parameter]
         return ref.object, ref.offset, slice_.start
 

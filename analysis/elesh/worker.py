@@ -81,6 +81,15 @@ class Analysis:
             self._masks[ref.digest] = masks
         return self._masks[ref.digest]
 
+    def as_they_lie(self) -> list[StructuralAnalysisRequest]:
+        """The requests in the order of the bytes that they read, the same for every worker; as they stand where
+        weights are missing, which the answers then tell."""
+        requests = list(self.requests.requests)
+        with suppress(*INVALID, LookupError):
+            place = self.weights.place
+            requests.sort(key=lambda request: min(map(place, request.slices), default=()))
+        return requests
+
     def compute(self, request: StructuralAnalysisRequest, scale: float) -> Arrays:
         """The arrays of one answer; `scale` of the buffers that the memory limit allows may be used."""
         self.scoring.read_ahead(read_ahead(self.requests.limits.memory_bytes, scale))
@@ -181,7 +190,7 @@ def run(
         found = share(
             store=store,
             cycle=cycle,
-            tasks=[Task(id=id_) for id_ in by_id],
+            tasks=[Task(id=request.id) for request in analysis.as_they_lie()],
             worker=worker,
             of=of,
             limits=requests.limits,

@@ -1,9 +1,9 @@
 """Basic pruning: the exact global threshold over single weights, from sparse histograms of float32 keys.
 
 A key is a score's bit pattern; non-negative floats order like their bits. Pass one counts the high 16 bits, pass two
-the low 16 bits of one bucket a parameter. With tau the threshold, parameter p gives min(count_p(<= tau), cap_p); what
-is equal to tau goes in canonical order (parameter UUID, then flat index), so the result does not depend on slices,
-workers or order.
+the low 16 bits of one bucket a parameter, where any can be set. With tau the threshold, parameter p gives
+min(count_p(<= tau), cap_p); what is equal to tau goes in canonical order (parameter UUID, then flat index), so the
+result does not depend on slices, workers or order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ BUCKETS = 1 << 16
 Counts = NDArray[np.int64]
 """[BUCKETS] weights by 16 bits of their key."""
 Sparse = Mapping[str, NDArray[Any]]
-"""The arrays of histogram or refine answers: `<slice key>/bucket` and `<slice key>/count`."""
+"""The arrays of histogram or refine answers: `<slice key>/bucket` and `<slice key>/count`, and of histogram answers
+`<slice key>/whole` where the lower 16 bits of every key are zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,20 +156,35 @@ def _value(keys: Any) -> NDArray[np.float32]:
 
 
 def refine_buckets(shares: Iterable[WeightShare], coarse: Sparse) -> dict[str, int]:
-    """The bucket of high 16 bits that each slice must refine, by slice key: where its parameter's threshold lies."""
-    found: dict[str, int] = {}
-    for share in shares:
-        for quota, bucket in _thresholds(share, coarse):
-            found |= {piece.key: bucket for piece in quota.slices}
-    return found
+    """The upper 16 bits that the second round looks into, by slice key. What it needs not read is left out."""
+    return {
+        piece.key: bucket
+        for share in shares
+        for quota, bucket in _thresholds(share, coarse)
+        for piece in quota.slices
+        if _lower(piece, bucket, coarse) is None
+    }
 
 
 def ties(shares: Iterable[WeightShare], coarse: Sparse, fine: Sparse) -> dict[str, Tie]:
     """The exact threshold of every slice that loses weights, by slice key."""
     found: dict[str, Tie] = {}
     for share in shares:
-        found |= _ties(share, coarse, fine)
+        whole = dict(fine)
+        for quota, bucket in _thresholds(share, coarse):
+            for piece in quota.slices:
+                whole |= _lower(piece, bucket, coarse) or {}
+        found |= _ties(share, coarse, whole)
     return found
+
+
+def _lower(piece: Slice, bucket: int, coarse: Sparse) -> dict[str, NDArray[Any]] | None:
+    """The second round's answer for a slice, where the first one tells it: it has no key there, or none of its keys
+    has lower bits, as with bfloat16."""
+    count = coarse[f"{piece.key}/count"][coarse[f"{piece.key}/bucket"] == bucket]
+    if count.size and f"{piece.key}/whole" not in coarse:
+        return None
+    return {f"{piece.key}/bucket": np.zeros(count.size, dtype=np.uint32), f"{piece.key}/count": count}
 
 
 def _counts(quota: Quota, arrays: Sparse) -> Counts:
