@@ -143,7 +143,7 @@ def cycle(
     store: ObjectStore,
     settings: Settings,
     *,
-    workers: int = 1,
+    workers: int | None = 1,
     runtime: Callable[[str], Any] | None = None,
 ) -> Snapshot:
     """One cycle on the run's tip, to its end."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -31,6 +28,7 @@ from leyline.partial import Parts
 from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.store import Changed, Damaged, NotFound, ObjectStore
+from leyline.work import peak_rss
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -207,16 +205,3 @@ def run(
 
 def _about(checkpoint: str, said: str) -> str:
     return said if checkpoint in said else f"checkpoint {checkpoint}: {said}"
-
-
-def peak_rss() -> int:
-    """Bytes of memory that this process held at most.
-
-    From VmHWM where there is /proc: ru_maxrss of a child begins at what its parent held when it was started.
-    """
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from leyline.open import open_store
 from leyline.ready import read_ready
 from leyline.store import CHUNK, Damaged, Exists, NotFound, ObjectStore, Refused, StoreError, Unreachable, Unsuitable
 from leyline.topology import Topology
+from leyline.work import Meter
 
 _RESIDENT = 8
 """Chunks' worth of memory that a worker needs beside what it reads ahead: interpreter, masks, what a store holds."""
@@ -53,6 +55,8 @@ class Plan:
     update: CheckpointUpdate
     metadata: CheckpointMetadata
     masks: Masks
+    weights: Mapping[str, int]
+    """How many lie in each object."""
 
 
 def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None) -> Plan:
@@ -81,7 +85,10 @@ def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None)
     for name, parameter in masks.parameters.items():
         if name not in topology.parameters or topology.parameters[name].uuid != parameter.uuid:
             raise Malformed(f"the masks prune {name} of shape {list(parameter.shape)}, which this model lacks")
-    return Plan(update=update, metadata=metadata, masks=masks)
+    weights: Counter[str] = Counter()
+    for ref in index.values():
+        weights[ref.object] += ref.size
+    return Plan(update=update, metadata=metadata, masks=masks, weights=weights)
 
 
 def inherited_masks(store: ObjectStore, ref: MaskRef) -> Masks:
@@ -180,10 +187,10 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
 def _copy(
     store: ObjectStore, plan: Plan, tasks: Mapping[Task, StoredObject], task: Task, _: int, scale: float
 ) -> bytes:
-    stored = tasks[task]
+    stored, meter = tasks[task], Meter(store)
     spare = plan.update.limits.memory_bytes // CHUNK - _RESIDENT
     copied = copy_masked(
-        store,
+        meter.store,
         source=layout.checkpoint(plan.metadata.name),
         target=layout.candidate(plan.update.cycle, plan.update.base),
         stored=stored,
@@ -191,11 +198,12 @@ def _copy(
         slots=stored.path == plan.metadata.optimizer,
         ahead=int(scale * max(0, min(2, spare))),
     )
-    return Copied(object=copied).canonical()
+    work = meter.done(parameters=plan.weights.get(stored.path, 0))
+    return Copied(object=copied, **work.model_dump()).canonical()
 
 
 def _copied(store: ObjectStore, cycle: str, task: Task, path: str) -> StoredObject:
-    """What the first answer says of the object; all answers say the same."""
+    """What the first answer says of the object; all answers say the same of it."""
     head = next(iter(store.list(layout.responses(cycle, task.id))))
     copied = Copied.parse(store.get(head.key), name=head.key).object
     if copied.path != path:

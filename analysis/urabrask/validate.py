@@ -26,6 +26,7 @@ from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.store import Damaged, NotFound, ObjectStore
 from leyline.topology import Topology
+from leyline.work import Meter, Work
 from urabrask import constraints, decided
 from urabrask.gate import sentence
 from urabrask.structure import NotTheBase, check_bytes
@@ -62,6 +63,8 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    bytes: Work | None = None
+    """What the byte checks took, once they have passed."""
 
     def passed(self, name: str, message: str) -> None:
         self.checks.append(Check(name=name, passed=True, message=message))
@@ -166,10 +169,12 @@ def check_constraints(subject: Subject, report: Report) -> None:
 
 def check_structure(store: ObjectStore, subject: Subject, report: Report) -> None:
     """Only the mask changed."""
+    meter = Meter(store)
     try:
-        found = check_bytes(store, subject.base, subject.candidate, subject.masks, subject.topology)
+        found = check_bytes(meter.store, subject.base, subject.candidate, subject.masks, subject.topology)
     except NotTheBase as error:
         raise Declined(Reason.STRUCTURE, "bytes", str(error)) from error
+    report.bytes = meter.done(parameters=subject.base.num_params)
     report.passed("bytes", found)
 
 
