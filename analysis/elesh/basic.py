@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from elesh import single
 from elesh.importance import Importance
 from elesh.scoring import Scoring
-from elesh.single import Bits, Keys
+from elesh.single import Bits, Keys, Sparse
 from elesh.squares import Floats
 from elesh.weights import Segment, Weights
 from leyline import bits
@@ -54,7 +54,7 @@ def _counts(
     inherited: Masks | None,
     buckets: dict[str, int] | None,
 ) -> Arrays:
-    def score(segment: Segment, values: Floats, factors: Floats | None) -> NDArray[np.int64]:
+    def score(segment: Segment, values: Floats, factors: Floats | None) -> Sparse:
         keys = _keys(segment, values, factors)
         live = _live(segment, inherited)
         keys = keys if live is None else keys[live]
@@ -64,10 +64,8 @@ def _counts(
     results = scoring.run([segment for found in segments.values() for segment in found], score, fisher)
     arrays: Arrays = {}
     for key, found in segments.items():
-        total = np.zeros(single.BUCKETS, dtype=np.int64)
-        for _ in found:
-            total += next(results)
-        arrays[f"{key}/bucket"], arrays[f"{key}/count"] = single.sparse(total)
+        counted = single.added([next(results) for _ in found])
+        arrays[f"{key}/bucket"], arrays[f"{key}/count"] = counted
         if buckets is None and fisher is None and found[0].dtype in single.UPPER_ONLY:
             arrays[f"{key}/whole"] = np.zeros(0, dtype=np.uint8)
     return arrays
