@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,12 @@ from builders import MODEL_ID, Run
 from emrakul.core.snapshot import Phase, Snapshot
 from emrakul.settings import Settings
 from emrakul.work import work
+from kasmina.formats import read_index
 from leyline import exits, layout
 from leyline.digest import Digester, ObjectDigest
 from leyline.ids import parameter_uuid
 from leyline.local import LocalStore
-from leyline.store import CHUNK, Data, ObjectStore
-from leyline.tensors import parse_header
+from leyline.store import CHUNK, Data
 from leyline.topology import Group, Kind, Member, Parameter, Topology
 from limits import memory_limit
 from whole import BY_MAGNITUDE, SINGLE_WEIGHTS, Limited, committed, cycle, gone, masks_of_cycle, publish
@@ -65,11 +65,12 @@ class Made:
         if pending:
             yield bytes(pending)
 
-    def digest(self) -> ObjectDigest:
-        digester = Digester()
-        for chunk in self:
-            digester.update(chunk)
-        return digester.finish()
+
+def digest_of(chunks: Iterable[Data]) -> ObjectDigest:
+    digester = Digester()
+    for chunk in chunks:
+        digester.update(chunk)
+    return digester.finish()
 
 
 def row_of(columns: int) -> Callable[[int, int], bytes]:
@@ -83,6 +84,10 @@ def row_of(columns: int) -> Callable[[int, int], bytes]:
     return row
 
 
+Objects = Mapping[str, Iterable[Data]]
+"""A checkpoint's objects by path, each in chunks that can be read twice."""
+
+
 def safetensors(topology: Topology, tensors: Sequence[int]) -> Made:
     names = list(topology.parameters)
     rows, columns = topology.parameters[names[0]].shape
@@ -94,11 +99,11 @@ def safetensors(topology: Topology, tensors: Sequence[int]) -> Made:
     return Made(struct.pack("<Q", len(text)) + text, row_of(columns), tensors, rows)
 
 
-def single(topology: Topology) -> dict[str, Made]:
+def single(topology: Topology, _scratch: Path) -> Objects:
     return {"model.safetensors": safetensors(topology, range(len(topology.parameters)))}
 
 
-def sharded(topology: Topology) -> dict[str, Made]:
+def sharded(topology: Topology, _scratch: Path) -> Objects:
     """Two shards and their index."""
     names, half = list(topology.parameters), len(topology.parameters) // 2
     shards = {
@@ -110,13 +115,14 @@ def sharded(topology: Topology) -> dict[str, Made]:
     return {**{path: safetensors(topology, t) for path, t in shards.items()}, "model.safetensors.index.json": index}
 
 
-FORMATS: dict[str, Callable[[Topology], dict[str, Made]]] = {"safetensors": single, "safetensors-sharded": sharded}
-"""Who writes a format: topology -> its objects by path. Another one is another line here."""
+FORMATS: dict[str, Callable[[Topology, Path], Objects]] = {"safetensors": single, "safetensors-sharded": sharded}
+"""Who writes a format, by its name in READY.json: another one is another line here."""
 
 
-def published(store: ObjectStore, topology: Topology, format_: str) -> Run:
-    written = {path: (made, made.digest()) for path, made in FORMATS[format_](topology).items()}
-    return publish(store, topology=topology, written=written, shards=len(written))
+def published(folder: Path, topology: Topology, format_: str) -> Run:
+    objects = FORMATS[format_](topology, folder / "scratch")
+    written = {path: (chunks, digest_of(chunks)) for path, chunks in objects.items()}
+    return publish(LocalStore(folder / "run"), topology=topology, written=written, shards=len(written))
 
 
 def pruned_under_the_limit(run: Run, text: str) -> Snapshot:
@@ -143,28 +149,23 @@ def differs(run: Run, ended: Snapshot) -> dict[str, set[int]]:
     """Of some rows of each tensor, those that are not the base's in the candidate; all of them must be zero."""
     found: dict[str, set[int]] = {}
     folder = layout.candidate(ended.cycle, committed(ended))
-    for path in run.metadata.weights:
-        if path.endswith(".json"):
-            continue
-        size = run.store.head(run.prefix + path).size
-        first = run.store.get_range(run.prefix + path, 0, 1 << 16)
-        for name, entry in parse_header(first, size, name=path)[0].items():
-            rows, width = entry.shape[0], 4 * entry.shape[1]
-            some = {*range(0, rows, 97), *range(40), *range(rows // 8, rows // 8 + 40), rows - 1}
-            for row in sorted(one for one in some if one < rows):
-                at = entry.start + row * width
-                old, new = (run.store.get_range(p + path, at, at + width) for p in (run.prefix, folder))
-                if old != new:
-                    assert not any(new), (name, row)
-                    found.setdefault(name, set()).add(row)
+    for name, ref in read_index(run.store, run.prefix, run.metadata).items():
+        rows, width = ref.shape[0], 4 * ref.shape[1]
+        some = {*range(0, rows, 97), *range(40), *range(rows // 8, rows // 8 + 40), rows - 1}
+        for row in sorted(one for one in some if one < rows):
+            at = ref.offset + row * width
+            old, new = (run.store.get_range(place + ref.object, at, at + width) for place in (run.prefix, folder))
+            if old != new:
+                assert not any(new), (name, row)
+                found.setdefault(name, set()).add(row)
     return found
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """Emptied at once: pytest keeps its folders for three runs."""
-    yield tmp_path / "run"
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("format_", FORMATS)
 def test_four_gigabytes_in_256_mb_a_worker(folder: Path, format_: str) -> None:
     topology = model(16, 8192, 8192)  # each tensor is 268 MB, more than a worker may hold
-    run = published(LocalStore(folder), topology, format_)
+    run = published(folder, topology, format_)
     assert run.metadata.num_params > 10**9
     assert run.metadata.num_bytes > 4 * 2**30
     ended = pruned_under_the_limit(run, BY_MAGNITUDE)
@@ -191,7 +192,7 @@ def test_four_gigabytes_in_256_mb_a_worker(folder: Path, format_: str) -> None:
 @pytest.mark.parametrize("shape", [(10_000, 15_000), (3, 50_000_000)], ids=str)
 def test_a_tensor_of_600_mb_in_256_mb_a_worker(folder: Path, shape: tuple[int, int], text: str) -> None:
     topology = model(1, *shape)
-    run = published(LocalStore(folder), topology, "safetensors")
+    run = published(folder, topology, "safetensors")
     third = text.replace("0.15", "0.34") + "  safety_constraints: {min_channel_retention: 0.5}\n"
     ended = pruned_under_the_limit(run, third)
     dead = gone(masks_of_cycle(run.store, ended), topology)["layer00.weight"].reshape(shape)
@@ -223,7 +224,7 @@ def test_who_holds_a_tensor_is_ended(code: str) -> None:
 
 def test_a_worker_that_needs_more_than_its_limit_says_so(tmp_path: Path) -> None:
     """The very worker, under a limit that it cannot keep."""
-    run = published(LocalStore(tmp_path), model(1, 4000, 5000), "safetensors")
+    run = published(tmp_path, model(1, 4000, 5000), "safetensors")
     made: list[Limited] = []
 
     def runtime(uri: str) -> Limited:

@@ -69,6 +69,7 @@ def check(store: ObjectStore, run: Run, ended: Snapshot) -> int:
     return sum(int(bits.sum()) for bits in dead.values())
 
 
+@pytest.mark.slow
 @METHODS
 @pytest.mark.parametrize("shards", [1, 3])
 def test_ten_thousand_tiny_tensors(tmp_path: Path, text: str, shards: int) -> None:
