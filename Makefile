@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test api e2e cluster lint accuracy contracts constraints clean
+.PHONY: help demo test large api e2e cluster lint accuracy contracts constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this text
@@ -22,6 +22,9 @@ demo: $(VENV)/.ready  ## train, prune, validate, commit, refuse and roll back a 
 
 test: $(VENV)/.ready  ## every test that needs no cluster
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+large: $(VENV)/.ready  ## 4 GB checkpoints through workers of 256 MB each (8 GB of disk, 3 minutes)
+	$(BIN)/python -m pytest tests/large
 
 api: $(VENV)/.ready  ## the operator against a real API server and etcd (builds them once)
 	$(BIN)/python tests/cluster build components helm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from elesh import single
 from elesh.importance import Importance
 from elesh.scoring import Scoring
-from elesh.single import Bits, Keys
+from elesh.single import Bits, Keys, Sparse
 from elesh.squares import Floats
 from elesh.weights import Segment, Weights
+from leyline import bits
 from leyline.masks import Masks
-from leyline.messages import Slice, StructuralAnalysisRequest
+from leyline.messages import Slice, StructuralAnalysisRequest, Tie
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -33,14 +34,15 @@ def answer(
     inherited: Masks | None,
 ) -> Arrays:
     """The arrays of one round; weights that are pruned already are left out. Malformed names what is not finite."""
+    slices = weights.as_they_lie(request.slices)
     match request.method:
         case "histogram":
-            return _counts(request.slices, weights, scoring, fisher, inherited, None)
+            return _counts(slices, weights, scoring, fisher, inherited, None)
         case "refine":
-            wanted = [slice_ for slice_ in request.slices if slice_.key in request.buckets]
+            wanted = [slice_ for slice_ in slices if slice_.key in request.buckets]
             return _counts(wanted, weights, scoring, fisher, inherited, request.buckets)
         case "select":
-            return _select(request, weights, scoring, fisher, inherited)
+            return _select(slices, request.ties, weights, scoring, fisher, inherited)
     raise ValueError(f"{request.method} is no round of basic pruning")
 
 
@@ -52,7 +54,7 @@ def _counts(
     inherited: Masks | None,
     buckets: dict[str, int] | None,
 ) -> Arrays:
-    def score(segment: Segment, values: Floats, factors: Floats | None) -> NDArray[np.int64]:
+    def score(segment: Segment, values: Floats, factors: Floats | None) -> Sparse:
         keys = _keys(segment, values, factors)
         live = _live(segment, inherited)
         keys = keys if live is None else keys[live]
@@ -62,15 +64,16 @@ def _counts(
     results = scoring.run([segment for found in segments.values() for segment in found], score, fisher)
     arrays: Arrays = {}
     for key, found in segments.items():
-        total = np.zeros(single.BUCKETS, dtype=np.int64)
-        for _ in found:
-            total += next(results)
-        arrays[f"{key}/bucket"], arrays[f"{key}/count"] = single.sparse(total)
+        counted = single.added([next(results) for _ in found])
+        arrays[f"{key}/bucket"], arrays[f"{key}/count"] = counted
+        if buckets is None and fisher is None and found[0].dtype in single.UPPER_ONLY:
+            arrays[f"{key}/whole"] = np.zeros(0, dtype=np.uint8)
     return arrays
 
 
 def _select(
-    request: StructuralAnalysisRequest,
+    slices: Sequence[Slice],
+    ties: Mapping[str, Tie],
     weights: Weights,
     scoring: Scoring,
     fisher: Importance | None,
@@ -80,18 +83,18 @@ def _select(
         live = _live(segment, inherited)
         return _keys(segment, values, factors), np.ones(len(values), dtype=np.bool_) if live is None else live
 
-    tied = [slice_ for slice_ in request.slices if slice_.key in request.ties]
+    tied = [slice_ for slice_ in slices if slice_.key in ties]
     segments = {slice_.key: weights.segments(slice_) for slice_ in tied}
     results = scoring.run([segment for found in segments.values() for segment in found], score, fisher)
     arrays: Arrays = {}
-    for slice_ in request.slices:
-        active = np.ones(slice_.stop - slice_.start, dtype=np.bool_)
+    for slice_ in slices:
+        active = bits.ones(slice_.stop - slice_.start)
         taken = 0
         for segment in segments.get(slice_.key, ()):
             keys, live = next(results)
-            gone, taken = single.select(keys, live, request.ties[slice_.key], taken)
-            active[segment.start - slice_.start : segment.stop - slice_.start] = ~gone
-        arrays[f"{slice_.key}/mask"] = np.packbits(active, bitorder="little")
+            gone, taken = single.select(keys, live, ties[slice_.key], taken)
+            bits.clear(active, segment.start - slice_.start, ~gone)
+        arrays[f"{slice_.key}/mask"] = active
     return arrays
 
 

@@ -6,6 +6,7 @@ of a whole model is found by counting the upper 16 bits, then the lower 16 withi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,9 @@ Bits = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 
 BUCKETS = 2**16
+
+UPPER_ONLY = frozenset({"BF16", "F8_E4M3", "F8_E5M2"})
+"""Dtypes whose magnitudes have at most 7 bits behind the point: of their keys the lower 16 bits are zero."""
 
 _LARGEST = np.finfo(np.float32).max
 
@@ -50,25 +54,42 @@ def _as_keys(scores: Floats) -> Keys:
     return scores.view(np.uint32)
 
 
-def histogram(keys: Keys) -> Counts:
-    """How many keys have each value of the upper 16 bits [BUCKETS]."""
-    return np.bincount((keys >> np.uint32(16)).astype(np.intp), minlength=BUCKETS).astype(np.int64, copy=False)
-
-
-def refine(keys: Keys, bucket: int) -> Counts:
-    """How many keys with these upper 16 bits have each value of the lower 16 [BUCKETS]."""
-    inside = keys[(keys >> np.uint32(16)) == np.uint32(bucket)] & np.uint32(0xFFFF)
-    return np.bincount(inside.astype(np.intp), minlength=BUCKETS).astype(np.int64, copy=False)
-
-
 class Sparse(NamedTuple):
-    """A histogram without its zeros."""
+    """A histogram over 16 bits without its zeros."""
 
     buckets: Keys
+    """Rising."""
     counts: Counts
 
 
-def sparse(counts: Counts) -> Sparse:
+def histogram(keys: Keys) -> Sparse:
+    """How many keys have each value of the upper 16 bits."""
+    return _counted(keys >> np.uint32(16))
+
+
+def refine(keys: Keys, bucket: int) -> Sparse:
+    """How many keys with these upper 16 bits have each value of the lower 16."""
+    return _counted(keys[(keys >> np.uint32(16)) == np.uint32(bucket)] & np.uint32(0xFFFF))
+
+
+def added(parts: Sequence[Sparse]) -> Sparse:
+    """The histograms of several segments together."""
+    if len(parts) == 1:
+        return parts[0]
+    total = np.zeros(BUCKETS, dtype=np.int64)
+    for part in parts:
+        total[part.buckets] += part.counts
+    return _filled(total)
+
+
+def _counted(values: Keys) -> Sparse:
+    if len(values) < BUCKETS // 16:  # of a small tensor the zeros would be nearly all
+        buckets, counts = np.unique(values, return_counts=True)
+        return Sparse(buckets, counts.astype(np.int64, copy=False))
+    return _filled(np.bincount(values.astype(np.intp), minlength=BUCKETS).astype(np.int64, copy=False))
+
+
+def _filled(counts: Counts) -> Sparse:
     filled = np.flatnonzero(counts)
     return Sparse(filled.astype(np.uint32), counts[filled])
 

@@ -67,6 +67,7 @@ def slice_sums(
 
     Malformed names the parameter that is not finite.
     """
+    slices = weights.as_they_lie(slices)
     wanted = {slice_.key: parts.of(slice_) for slice_ in slices}
     shapes = {slice_.parameter: weights.refs[slice_.parameter].shape for slice_ in slices}
 

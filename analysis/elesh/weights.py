@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -63,6 +64,15 @@ class Weights:
             whole = ref.whole
             found[name] = (objects[whole.object], whole.offset) if whole else (GatheredTensor(ref, chunks), 0)
         return found
+
+    def as_they_lie(self, slices: Iterable[Slice]) -> list[Slice]:
+        """The slices in the order of their bytes: read so, a chunk that several of them touch is read once."""
+        return sorted(slices, key=self.place)
+
+    def place(self, slice_: Slice) -> tuple[str, int, int]:
+        """Orders slices as their bytes lie."""
+        ref = self.refs[slice_.parameter]
+        return ref.object, ref.boxes[0].offset, slice_.start
 
     def segments(self, slice_: Slice) -> list[Segment]:
         """The slice in pieces that one thread scores at a time. Malformed unless it is whole rows."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -31,6 +28,7 @@ from leyline.partial import Parts
 from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.store import Changed, Damaged, NotFound, ObjectStore
+from leyline.work import peak_rss
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -80,6 +78,15 @@ class Analysis:
                 raise Malformed(f"{ref.path} holds masks of model {masks.model_id}")
             self._masks[ref.digest] = masks
         return self._masks[ref.digest]
+
+    def as_they_lie(self) -> list[StructuralAnalysisRequest]:
+        """The requests in the order of the bytes that they read, the same for every worker; as they stand where
+        weights are missing, which the answers then tell."""
+        requests = list(self.requests.requests)
+        with suppress(*INVALID, LookupError):
+            place = self.weights.place
+            requests.sort(key=lambda request: min(map(place, request.slices), default=()))
+        return requests
 
     def compute(self, request: StructuralAnalysisRequest, scale: float) -> Arrays:
         """The arrays of one answer; `scale` of the buffers that the memory limit allows may be used."""
@@ -181,7 +188,7 @@ def run(
         found = share(
             store=store,
             cycle=cycle,
-            tasks=[Task(id=id_) for id_ in by_id],
+            tasks=[Task(id=request.id) for request in analysis.as_they_lie()],
             worker=worker,
             of=of,
             limits=requests.limits,
@@ -198,16 +205,3 @@ def run(
 
 def _about(checkpoint: str, said: str) -> str:
     return said if checkpoint in said else f"checkpoint {checkpoint}: {said}"
-
-
-def peak_rss() -> int:
-    """Bytes of memory that this process held at most.
-
-    From VmHWM where there is /proc: ru_maxrss of a child begins at what its parent held when it was started.
-    """
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

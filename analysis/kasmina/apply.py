@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kasmina.formats import bind, read_index, read_slots
 from kasmina.rewrite import Zeroes, copy_masked, zeroed_weights, zeroes_of
 from leyline import exits, layout, tensors
 from leyline.answers import with_result
-from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
+from leyline.bits import Bits, Packed, PackedBits, clear_packed, ones
 from leyline.candidate import Copied, copy_tasks
 from leyline.claims import Task, share
 from leyline.digest import sha256_hex, verified_range
@@ -39,6 +42,7 @@ from leyline.open import open_store
 from leyline.ready import read_ready
 from leyline.store import CHUNK, Damaged, Exists, NotFound, ObjectStore, Refused, StoreError, Unreachable, Unsuitable
 from leyline.topology import Topology
+from leyline.work import Meter
 
 _RESIDENT = 8
 """Chunks' worth of memory that a worker needs beside what it reads ahead: interpreter, masks, what a store holds."""
@@ -51,6 +55,8 @@ class Plan:
     update: CheckpointUpdate
     metadata: CheckpointMetadata
     masks: Masks
+    weights: Mapping[str, int]
+    """How many lie in each object."""
     zeroes: tuple[Zeroes, ...]
     """What the masks prune, by where it lies."""
 
@@ -81,8 +87,12 @@ def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None)
     for name, parameter in masks.parameters.items():
         if name not in topology.parameters or topology.parameters[name].uuid != parameter.uuid:
             raise Malformed(f"the masks prune {name} of shape {list(parameter.shape)}, which this model lacks")
+    weights: Counter[str] = Counter()
+    for ref in index.values():
+        for box in ref.boxes:
+            weights[box.object] += box.size
     zeroes = zeroes_of(index, masks, slots=False) + zeroes_of(read_slots(store, prefix, metadata), masks, slots=True)
-    return Plan(update=update, metadata=metadata, masks=masks, zeroes=tuple(zeroes))
+    return Plan(update=update, metadata=metadata, masks=masks, weights=weights, zeroes=tuple(zeroes))
 
 
 def inherited_masks(store: ObjectStore, ref: MaskRef) -> Masks:
@@ -120,18 +130,22 @@ def decided_masks(store: ObjectStore, decision: Decision, topology: Topology) ->
 def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], topology: Topology) -> Packed:
     """Basic pruning's active bits by parameter, from the packed bits in the answers that the decision names."""
     weights: dict[str, PackedBits] = {}
+    held: tuple[tuple[str, str], str, Mapping[str, NDArray[Any]]] = ("", ""), "", {}
     for item in decisions:
         name, start, stop = item.slice.parameter, item.slice.start, item.slice.stop
         parameter = topology.parameters.get(name)
         if parameter is None or stop > parameter.size or start >= stop:
             raise Malformed(f"the decision prunes {name} [{start}, {stop}), which the checkpoint's topology lacks")
-        path, data = with_result(store, item.answer, item.result)
-        packed = tensors.unpack(data, name=path)[0].get(f"{item.slice.key}/mask")
+        if held[0] != (item.answer, item.result):  # its slices stand one after the other: each answer is read once
+            path, data = with_result(store, item.answer, item.result)
+            held = (item.answer, item.result), path, tensors.unpack(data, name=path)[0]
+        packed, path = held[2].get(f"{item.slice.key}/mask"), held[1]
         if packed is None or packed.dtype != np.uint8 or packed.shape != ((stop - start + 7) // 8,):
             raise Malformed(f"{path} holds no {stop - start} packed bits of {item.slice.key}")
-        active = window(packed, 0, stop - start)
-        if not active.all():
-            clear(weights.setdefault(name, ones(parameter.size)), start, active)
+        if not np.array_equal(packed, ones(stop - start)):
+            if name not in weights:
+                weights[name] = ones(parameter.size)
+            clear_packed(weights[name], start, packed, stop - start)
     return Packed(weights, {name: topology.parameters[name].size for name in weights})
 
 
@@ -146,6 +160,7 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
     data = plan.masks.to_bytes()
     ref = MaskRef(path=layout.masks(update.cycle, update.base), digest=sha256_hex(data), counts=plan.masks.counts())
     store.put_if_absent(ref.path, data)
+    del data  # of basic pruning an eighth of a byte a weight
     tasks = copy_tasks(plan.metadata, base=update.base)
     outcome = share(
         store=store,
@@ -176,21 +191,22 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
 def _copy(
     store: ObjectStore, plan: Plan, tasks: Mapping[Task, StoredObject], task: Task, _: int, scale: float
 ) -> bytes:
-    stored = tasks[task]
+    stored, meter = tasks[task], Meter(store)
     spare = plan.update.limits.memory_bytes // CHUNK - _RESIDENT
     copied = copy_masked(
-        store,
+        meter.store,
         source=layout.checkpoint(plan.metadata.name),
         target=layout.candidate(plan.update.cycle, plan.update.base),
         stored=stored,
         zeroes=plan.zeroes,
         ahead=int(scale * max(0, min(2, spare))),
     )
-    return Copied(object=copied).canonical()
+    work = meter.done(parameters=plan.weights.get(stored.path, 0))
+    return Copied(object=copied, **work.model_dump()).canonical()
 
 
 def _copied(store: ObjectStore, cycle: str, task: Task, path: str) -> StoredObject:
-    """What the first answer says of the object; all answers say the same."""
+    """What the first answer says of the object; all answers say the same of it."""
     head = next(iter(store.list(layout.responses(cycle, task.id))))
     copied = Copied.parse(store.get(head.key), name=head.key).object
     if copied.path != path:

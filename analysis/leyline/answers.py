@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from leyline import layout, tensors
 from leyline.messages import StructuralAnalysisRequest, StructuralAnalysisResponse
 from leyline.model import Malformed
-from leyline.store import Damaged, ObjectStore
+from leyline.store import Damaged, Head, ObjectStore
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _MESSAGE = "message"
+_HEADER = 16 * 1024
+"""Bytes of the first read of an answer's header: most fit."""
 _BEST = ("answered", "invalid", "importance", "failed")
 """Which status is kept where one answer is enough and workers ended differently: what was computed goes first."""
 
@@ -102,6 +104,18 @@ def read(
         except Malformed as error:
             refused.append(str(error))
     return tuple(found), tuple(refused)
+
+
+def message(store: ObjectStore, head: Head) -> StructuralAnalysisResponse:
+    """What an answer says of itself, without reading its arrays. Malformed if it is none."""
+    first = store.get_range(head.key, 0, min(_HEADER, head.size), pin=head.pin)
+    length = tensors.header_length(first, head.size, name=head.key)
+    if length > len(first):
+        first += store.get_range(head.key, len(first), length, pin=head.pin)
+    said = tensors.parse_header(first, head.size, name=head.key)[1].get(_MESSAGE)
+    if said is None:
+        raise Malformed(f"{head.key} has no {_MESSAGE} in its metadata; it is no answer")
+    return StructuralAnalysisResponse.parse(said.encode(), name=head.key)
 
 
 def with_result(store: ObjectStore, folder: str, result: str) -> tuple[str, bytes]:

@@ -32,6 +32,24 @@ def clear(packed: PackedBits, start: int, active: Bits) -> None:
     packed[first : -(-stop // 8)] &= np.packbits(whole, bitorder="little")
 
 
+def clear_packed(packed: PackedBits, start: int, active: PackedBits, size: int) -> None:
+    """clear() for the first `size` bits of `active`, spread out in windows: one row may be larger than the memory."""
+    for at in range(0, size, WINDOW):
+        piece = window(active, at, min(at + WINDOW, size))
+        if not piece.all():
+            clear(packed, start + at, piece)
+
+
+def first_set(packed: PackedBits, count: int) -> list[int]:
+    """The numbers of the first `count` bits that are set."""
+    found: list[int] = []
+    for at in range(0, 8 * len(packed), WINDOW):
+        found += (at + np.flatnonzero(window(packed, at, min(at + WINDOW, 8 * len(packed))))[:count]).tolist()
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
 def ones(size: int) -> PackedBits:
     """`size` bits that are all set; the padding of the last byte is 0, as np.packbits has it."""
     packed = np.full(-(-size // 8), 0xFF, dtype=np.uint8)
@@ -69,6 +87,10 @@ class Packed(Mapping[str, Bits]):
         packed |= {name: self.packed[name] & other.packed[name] for name in self.packed.keys() & other.packed.keys()}
         return Packed({name: packed[name] for name in sorted(packed)}, {**self.sizes, **other.sizes})
 
+    def live(self, name: str) -> int:
+        """Bits that are set."""
+        return int(np.bitwise_count(self.packed[name]).sum(dtype=np.int64))
+
     def pruned(self) -> int:
         """Bits that are not set, over all names."""
-        return sum(self.sizes[name] - int(np.bitwise_count(bits).sum()) for name, bits in self.packed.items())
+        return sum(self.sizes[name] - self.live(name) for name in self.packed)

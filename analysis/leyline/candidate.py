@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 from leyline.claims import Task
 from leyline.messages import CheckpointMetadata, StoredObject
-from leyline.model import Value
 from leyline.store import CHUNK
+from leyline.work import Work
 
 _SLOWEST = CHUNK
 """Bytes a second below which a copy counts as stuck."""
 
 
-class Copied(Value):
-    """The answer to one task: the object that now stands in the candidate's folder."""
+class Copied(Work):
+    """The answer to one task: the object that now stands in the candidate's folder, and what it took to write it."""
 
     schema_version: int = 1
     object: StoredObject

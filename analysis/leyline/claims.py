@@ -138,10 +138,13 @@ def read_states(
 
 
 def order(tasks: Sequence[Task], *, worker: int, of: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """A worker's own share, and the others' tasks in the order in which it helps: from the far end, rotated."""
-    others = [task for index, task in enumerate(tasks) if index % of != worker][::-1]
-    turn = worker % len(others) if others else 0
-    return tuple(tasks[worker::of]), (*others[turn:], *others[:turn])
+    """A worker's own share, and the others' tasks in the order in which it helps: back from where its own begins.
+
+    A share is one stretch of the list: neighbours lie in the same chunks, and a chunk is read by everybody who needs a
+    byte of it. Dealt out in turns, the tasks of a float32 checkpoint read 1.8 times its bytes, of a bfloat16 one 2.7.
+    """
+    first, last = worker * len(tasks) // of, (worker + 1) * len(tasks) // of
+    return tuple(tasks[first:last]), (*tasks[:first][::-1], *tasks[last:][::-1])
 
 
 def share(

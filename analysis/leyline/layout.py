@@ -114,6 +114,16 @@ def validation_error(cycle: str, base: int) -> str:
     return on_base(cycle, base, "validation-error.json")
 
 
+def calculation_rate(cycle: str) -> str:
+    """What `worker_calculation_rate: auto` stands for in this cycle: lies with the attempts, as it comes from times."""
+    return f"{attempts(cycle, 'scale')}rate.json"
+
+
+def validation_work(cycle: str, base: int) -> str:
+    """What urabrask's byte checks took (leyline.work), beside the seconds of all its parts."""
+    return f"{attempts(cycle, f'validate-{base}')}bytes.json"
+
+
 def validation_telemetry(cycle: str, base: int) -> str:
     """Seconds that urabrask's parts took: lies with the attempts, since no two of them take equally long."""
     return f"{attempts(cycle, f'validate-{base}')}seconds.json"

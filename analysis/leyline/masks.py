@@ -205,9 +205,9 @@ class Masks:
 
     def exceeds(self, other: Masks) -> bool:
         """Whether this prunes anything that `other` does not."""
-        for mine, theirs in ((self.units, other.units), (self.weights, other.weights)):
-            for name, active in mine.items():
-                known = theirs.get(name)
+        for mine, theirs in ((Packed.of(self.units), Packed.of(other.units)), (self._single, other._single)):
+            for name, active in mine.packed.items():
+                known = theirs.packed.get(name)
                 if known is None or bool((~active & known).any()):
                     return True
         return False

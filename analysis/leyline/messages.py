@@ -266,7 +266,8 @@ class StructuralAnalysisResponse(Message):
     `norm/<slice key>/<group>/<member index>/<first unit>` partial sums of squares, to be added in topology order
     (magnitude: of every member; Wanda: of the consumers), and `fisher/...` likewise, of w squared F / 2, where the
     statistics know every parameter (leyline.partial names and adds both). histogram and refine:
-    `<slice key>/bucket` U32 and `<slice key>/count` I64, sparse. select: `<slice key>/mask`, packed bits, 1 active.
+    `<slice key>/bucket` U32 and `<slice key>/count` I64, sparse; histogram, where no key has lower bits, an empty
+    `<slice key>/whole`. select: `<slice key>/mask`, packed bits, 1 active.
     The key is the request's; `result` is the SHA-256 of the arrays, by which answers are compared.
     """
 

@@ -78,7 +78,12 @@ def rows(slice_: Slice, shape: tuple[int, ...]) -> tuple[int, int]:
 def add_up(topology: Topology, answers: Iterable[tuple[Slice, Mapping[str, NDArray[Any]]]], kind: str = "norm") -> Sums:
     """Sums over all slices; Malformed if an answer lacks a part of its slice, or a member is not covered."""
     parts = Parts(topology)
-    sums: dict[tuple[str, int], Vector] = {}
+    sums: dict[tuple[str, int], Vector] = {
+        (group.id, index): np.zeros(group.units)  # of an empty parameter there are no slices
+        for group in topology.groups
+        for index, member in enumerate(group.members)
+        if not topology.parameters[member.parameter].size
+    }
     covered: dict[str, int] = {}
     for slice_, arrays in sorted(answers, key=lambda item: (item[0].parameter, item[0].start)):
         if slice_.start != covered.get(slice_.parameter, 0):

@@ -122,7 +122,7 @@ def pack(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> byt
     position, blobs = 0, []
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
-        blob = np.ascontiguousarray(array).tobytes()
+        blob = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         header[name] = {
             "dtype": _NAME[array.dtype.newbyteorder("<")],
             "shape": list(array.shape),

@@ -73,6 +73,8 @@ def judge(
     print(json.dumps({"cycle": cycle, "base": base, "seconds": report.seconds}), file=sys.stderr)
     with suppress(StoreError):
         store.put_if_absent(layout.validation_telemetry(cycle, base), json.dumps(report.seconds).encode())
+        if report.bytes is not None:
+            store.put_if_absent(layout.validation_work(cycle, base), report.bytes.canonical())
     return verdict
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
+from leyline.bits import Packed
 from leyline.masks import Masks
 from leyline.messages import PruningValidationRequest
 from leyline.topology import Kind, Topology
@@ -36,12 +37,12 @@ def broken(masks: Masks, topology: Topology, request: PruningValidationRequest) 
             f"{len(removed)} of {len(layers)} layers are removed ({', '.join(removed[:4])}), max_layer_removal "
             f"{request.max_layer_removal:g} allows {int(removal * len(layers))}"
         )
-    for name in sorted(masks.weights):  # one at a time: single weights are as many as the model
-        active = masks.weights[name]
-        if (live := int(active.sum())) < retention * active.size:
+    weights = Packed.of(masks.weights)  # counted as they are packed: single weights are as many as the model
+    for name, size in sorted(weights.sizes.items()):
+        if (live := weights.live(name)) < retention * size:
             yield (
-                f"parameter {name} keeps {live} of its {active.size} weights, min_channel_retention "
-                f"{request.min_channel_retention:g} asks for {_ceil(retention * active.size)}"
+                f"parameter {name} keeps {live} of its {size} weights, min_channel_retention "
+                f"{request.min_channel_retention:g} asks for {_ceil(retention * size)}"
             )
 
 

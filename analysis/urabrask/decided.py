@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
+from leyline.bits import Bits, Packed, PackedBits, clear_packed, first_set, ones
 from leyline.ids import parameter_uuid
 from leyline.masks import Masks
 from leyline.messages import Decision
@@ -56,19 +58,21 @@ def expected(decision: Decision, inherited: Masks | None, topology: Topology, an
         if chosen.pruned:
             units[group.id] = np.ones(group.units, np.bool_)
             units[group.id][list(chosen.pruned)] = False
+    held: tuple[str, Mapping[str, NDArray[Any]]] = "", {}
     for weight in decision.weights:
         slice_, parameter = weight.slice, topology.parameters.get(weight.slice.parameter)
         if parameter is None or not slice_.start <= slice_.stop <= parameter.size:
             raise Malformed(f"the decision prunes weights {slice_.key} up to {slice_.stop}, which the model lacks")
-        packed = unpack(answers[weight.answer], name=weight.answer)[0].get(f"{slice_.key}/mask")
+        if held[0] != weight.answer:  # its slices stand one after the other: each answer is unpacked once
+            held = weight.answer, unpack(answers[weight.answer], name=weight.answer)[0]
+        packed = held[1].get(f"{slice_.key}/mask")
         size = slice_.stop - slice_.start
         if packed is None or packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
             raise Malformed(f"{weight.answer} holds no mask of {size} bits for {slice_.key}")
-        active = window(packed, 0, size)
-        if not active.all():
+        if not np.array_equal(packed, ones(size)):
             name = slice_.parameter
             weights[name] = weights[name] if name in weights else ones(parameter.size)
-            clear(weights[name], slice_.start, active)
+            clear_packed(weights[name], slice_.start, packed, size)
     new = Masks(
         model_id=topology.model_id,
         groups={id_: topology.group(id_) for id_ in units},
@@ -80,20 +84,16 @@ def expected(decision: Decision, inherited: Masks | None, topology: Topology, an
 
 def differences(masks: Masks, wanted: Masks) -> Iterator[str]:
     """A sentence for each group or parameter whose mask is not the wanted one, bit by bit."""
-    for what, found, should in (("group", masks.units, wanted.units), ("parameter", masks.weights, wanted.weights)):
-        for name in sorted({*found, *should}):
-            mine, theirs = found.get(name), should.get(name)
-            one = mine if mine is not None else theirs
-            if one is None:
-                continue
-            active = np.ones(len(one), np.bool_)
-            mine, theirs = (active if mine is None else mine), (active if theirs is None else theirs)
-            if more := np.flatnonzero(~mine & theirs).tolist():
+    for what, mine, theirs in (("group", masks.units, wanted.units), ("parameter", masks.weights, wanted.weights)):
+        found, should = Packed.of(mine), Packed.of(theirs)
+        for name, size in sorted({**found.sizes, **should.sizes}.items()):
+            here, there = (side.packed.get(name, ones(size)) for side in (found, should))
+            if (more := there & ~here).any():
                 yield f"the masks prune {_some(more)} of {what} {name}, which nobody decided"
-            if fewer := np.flatnonzero(mine & ~theirs).tolist():
+            if (fewer := here & ~there).any():
                 yield f"the masks leave {_some(fewer)} of {what} {name} active, which the decision or the base prunes"
 
 
-def _some(indices: list[int]) -> str:
-    shown = ", ".join(map(str, indices[:4]))
-    return f"{shown} and {len(indices) - 4} more" if len(indices) > 4 else shown
+def _some(bits: PackedBits) -> str:
+    count, shown = int(np.bitwise_count(bits).sum(dtype=np.int64)), first_set(bits, 4)
+    return f"{', '.join(map(str, shown))} and {count - 4} more" if count > 4 else ", ".join(map(str, shown))

@@ -26,6 +26,7 @@ from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.store import Damaged, NotFound, ObjectStore
 from leyline.topology import Topology
+from leyline.work import Meter, Work
 from urabrask import constraints, decided
 from urabrask.gate import sentence
 from urabrask.structure import NotTheBase, check_bytes
@@ -62,6 +63,8 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    bytes: Work | None = None
+    """What the byte checks took, once they have passed."""
 
     def passed(self, name: str, message: str) -> None:
         self.checks.append(Check(name=name, passed=True, message=message))
@@ -90,6 +93,7 @@ def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | No
     key = layout.decision(cycle)
     decision = Decision.parse(_known(store, key, candidate.decision), name=key)
     metadata = read_ready(store, request.checkpoint, trust)
+    used = {weight.answer: weight.result for weight in decision.weights}
     return Subject(
         request=request,
         candidate=candidate,
@@ -98,7 +102,7 @@ def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | No
         inherited=read_masks(store, request.inherited) if request.inherited else None,
         masks=read_masks(store, candidate.masks),
         decision=decision,
-        answers={weight.answer: with_result(store, weight.answer, weight.result)[1] for weight in decision.weights},
+        answers={folder: with_result(store, folder, result)[1] for folder, result in used.items()},
         trusted=trust is not None,
     )
 
@@ -165,10 +169,12 @@ def check_constraints(subject: Subject, report: Report) -> None:
 
 def check_structure(store: ObjectStore, subject: Subject, report: Report) -> None:
     """Only the mask changed."""
+    meter = Meter(store)
     try:
-        found = check_bytes(store, subject.base, subject.candidate, subject.masks, subject.topology)
+        found = check_bytes(meter.store, subject.base, subject.candidate, subject.masks, subject.topology)
     except NotTheBase as error:
         raise Declined(Reason.STRUCTURE, "bytes", str(error)) from error
+    report.bytes = meter.done(parameters=subject.base.num_params)
     report.passed("bytes", found)
 
 

@@ -20,9 +20,10 @@ from emrakul.core.snapshot import Ask, Job, Phase, Snapshot
 from emrakul.finding import Finding
 from emrakul.guidance import Guidance
 from emrakul.observe import Observer
-from emrakul.scaling import workers
+from emrakul.scaling import DEFAULT_RATE, workers
 from emrakul.settings import Settings
 from emrakul.strategy.requests import ROUND, Method
+from emrakul.work import calculation_rate
 from leyline import layout
 from leyline.envelope import Trust
 from leyline.fold import RunState
@@ -276,9 +277,16 @@ class Controller:
                 requests=pieces,
                 cores=self._scale.cores,
                 override=self._scale.override,
+                measured=self._measured(s),
             )
         memory = settings.validation_memory_limit if phase is Phase.VALIDATE else settings.analysis_memory_limit
         self._runtime.start(phase, launch=launch, step=step, workers=count, memory_bytes=memory, now=now)
+
+    def _measured(self, s: Snapshot) -> int:
+        """What worker_calculation_rate stands for in this cycle, where it is auto."""
+        if s.ask.settings.worker_calculation_rate != "auto" or s.admitted is None:
+            return DEFAULT_RATE
+        return calculation_rate(self._store, self._log, cycle=s.cycle, admitted=s.admitted.n, default=DEFAULT_RATE)
 
     def _abandon(self, s: Snapshot, finding: Finding) -> None:
         live = s.state.live

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
@@ -68,6 +68,15 @@ def parse_bytes(value: Any) -> int:
     return size
 
 
+def parse_rate(value: Any) -> int | Literal["auto"]:
+    """A whole number above 0, or auto."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**12:
+        raise ValueError(f"is {value!r}; write a whole number of at least 1, such as 500000, or auto")
+    return value
+
+
 def _int_or_string(pattern: str) -> WithJsonSchema:
     return WithJsonSchema(
         {
@@ -79,3 +88,4 @@ def _int_or_string(pattern: str) -> WithJsonSchema:
 
 Seconds = Annotated[int, PlainValidator(parse_seconds), _int_or_string(_DURATION.pattern)]
 Bytes = Annotated[int, PlainValidator(parse_bytes), _int_or_string(_SIZE.pattern)]
+Rate = Annotated[int | Literal["auto"], PlainValidator(parse_rate), _int_or_string("^auto$")]

@@ -6,13 +6,18 @@ import ast
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Protocol
+from typing import Literal, Protocol
 
 from emrakul.invalid import Invalid
 
 MAX_LENGTH = 200
 MAX_DEPTH = 20
 MAX_LITERAL = 10**15
+DEFAULT_FORMULA = "ceil(num_params / (500000 * 300))"
+"""The specification's, with the rate and the budget as numbers."""
+DEFAULT_RATE = 500_000
+"""Parameters a worker scores in a second, until something is measured."""
+NAMED_FORMULA = "ceil(num_params / (worker_calculation_rate * worker_time_budget))"
 NAMES = ("num_params", "worker_calculation_rate", "worker_time_budget")
 
 _FUNCTIONS: dict[str, tuple[int, Callable[..., Fraction]]] = {
@@ -40,7 +45,7 @@ class Scaling(Protocol):
     @property
     def worker_scaling_formula(self) -> str: ...
     @property
-    def worker_calculation_rate(self) -> int: ...
+    def worker_calculation_rate(self) -> int | Literal["auto"]: ...
     @property
     def worker_time_budget(self) -> int: ...
     @property
@@ -48,11 +53,18 @@ class Scaling(Protocol):
 
 
 def workers(
-    settings: Scaling, *, num_params: int, requests: int, cores: int | None = None, override: int | None = None
+    settings: Scaling,
+    *,
+    num_params: int,
+    requests: int,
+    cores: int | None = None,
+    override: int | None = None,
+    measured: int = DEFAULT_RATE,
 ) -> int:
     """W = max(analysis_parallel_workers, formula), never more than requests, on one machine never more than cores.
 
-    With three replicas W is at least 3, whatever the cores. `override` (a person's --workers) wins.
+    With three replicas W is at least 3, whatever the cores. `override` (a person's --workers) wins. `measured` is what
+    worker_calculation_rate stands for where it is auto.
     """
     if override is not None:
         if override < settings.replicas:
@@ -61,21 +73,33 @@ def workers(
                 f"each answer needs that many different workers; ask for at least {settings.replicas}"
             )
         return override
-    wanted = max(settings.analysis_parallel_workers, formula_workers(settings, num_params))
+    wanted = max(settings.analysis_parallel_workers, formula_workers(settings, num_params, measured))
     wanted = min(wanted, requests, cores if cores is not None else wanted)
     return max(wanted, settings.replicas, 1)
 
 
-def formula_workers(settings: Scaling, num_params: int) -> int:
+def formula_workers(settings: Scaling, num_params: int, measured: int = DEFAULT_RATE) -> int:
     """The formula's value for a model of `num_params` parameters, rounded up, at least 1."""
-    return max(1, math.ceil(evaluate(settings.worker_scaling_formula, _names(settings, num_params))))
+    formula = settings.worker_scaling_formula
+    if settings.worker_calculation_rate == "auto" and _is_default(formula):
+        formula = NAMED_FORMULA
+    return max(1, math.ceil(evaluate(formula, _names(settings, num_params, measured))))
 
 
 def check_formula(settings: Scaling) -> None:
     """Refuse a formula that cannot be evaluated, or whose literals contradict the rate and budget keys."""
     tree = _parse(settings.worker_scaling_formula)
-    evaluate(settings.worker_scaling_formula, _names(settings, 10**9))
+    evaluate(settings.worker_scaling_formula, _names(settings, 10**9, DEFAULT_RATE))
     rate, budget = settings.worker_calculation_rate, settings.worker_time_budget
+    if rate == "auto":
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        if "worker_calculation_rate" not in names and not _is_default(settings.worker_scaling_formula):
+            raise Invalid(
+                f"worker_calculation_rate is auto, but worker_scaling_formula {settings.worker_scaling_formula!r} does "
+                f"not name it, so that nothing measured could change it; write {NAMED_FORMULA}, or give the rate as a "
+                "number"
+            )
+        rate = DEFAULT_RATE
     agreed = {Fraction(rate), Fraction(budget), Fraction(rate * budget)}
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.FloorDiv):
@@ -87,7 +111,8 @@ def check_formula(settings: Scaling) -> None:
                 wrong = [value] if value not in agreed else []
             if wrong:
                 raise Invalid(
-                    f"worker_scaling_formula divides by {wrong[0]}, but worker_calculation_rate is {rate} and "
+                    f"worker_scaling_formula divides by {wrong[0]}, but worker_calculation_rate is "
+                    f"{settings.worker_calculation_rate} and "
                     f"worker_time_budget is {budget}; write these names in the formula instead of numbers"
                 )
 
@@ -97,8 +122,15 @@ def evaluate(formula: str, names: Mapping[str, int]) -> Fraction:
     return _value(_parse(formula), names, formula)
 
 
-def _names(settings: Scaling, num_params: int) -> dict[str, int]:
-    return dict(zip(NAMES, (num_params, settings.worker_calculation_rate, settings.worker_time_budget), strict=True))
+def _names(settings: Scaling, num_params: int, measured: int) -> dict[str, int]:
+    rate = settings.worker_calculation_rate
+    values = (num_params, measured if rate == "auto" else rate, settings.worker_time_budget)
+    return dict(zip(NAMES, values, strict=True))
+
+
+def _is_default(formula: str) -> bool:
+    """However it is spaced."""
+    return ast.dump(_parse(formula)) == ast.dump(_parse(DEFAULT_FORMULA))
 
 
 def _parse(formula: str) -> ast.expr:

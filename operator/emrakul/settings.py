@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_
 from pydantic.alias_generators import to_camel
 
 from emrakul.invalid import Invalid, read_yaml, sentence
-from emrakul.quantities import Bytes, Seconds, Share, share_text
-from emrakul.scaling import check_formula
+from emrakul.quantities import Bytes, Rate, Seconds, Share, share_text
+from emrakul.scaling import DEFAULT_FORMULA, DEFAULT_RATE, check_formula
 from leyline.messages import Stage
 from leyline.model import Value, key_of
 
@@ -190,10 +190,10 @@ class Settings(Section):
     """Limit of analysis, and again of apply, from the first start mark."""
     analysis_parallel_workers: Count = 4
     """Analysis workers at least."""
-    worker_scaling_formula: Annotated[str, Field(max_length=200)] = "ceil(num_params / (500000 * 300))"
+    worker_scaling_formula: Annotated[str, Field(max_length=200)] = DEFAULT_FORMULA
     """Workers for a model of num_params parameters; may name worker_calculation_rate and worker_time_budget."""
-    worker_calculation_rate: Positive = 500_000
-    """Parameters a worker scores in a second."""
+    worker_calculation_rate: Rate = DEFAULT_RATE
+    """Parameters a worker scores in a second; auto: as the workers of the run's newest measured cycle did."""
     worker_time_budget: Positive = 300
     """Seconds an analysis should take."""
     structured_pruning: StructuredPruning = StructuredPruning()

@@ -131,6 +131,8 @@ def test_what_is_kubernetes_own_is_kept_as_it_is(ours: ApiServer, namespace: str
         {"analysisMemoryLimit": "2gib", "validationMemoryLimit": 4_000_000_000},
         {"analysisMemoryLimit": "100000k", "validationMemoryLimit": "1.5TB"},
         {"workerScalingFormula": "max(4, ceil(num_params / (worker_calculation_rate * worker_time_budget)))"},
+        {"workerCalculationRate": "auto"},
+        {"workerCalculationRate": "auto", "workerScalingFormula": "2 * num_params / worker_calculation_rate"},
         {"safetyMargin": "0", "importance": ["michel", "taylor"], "structuredPruning": {"kinds": ["layer"]}},
         {"structuredPruning": {"progressiveSchedule": {"phase1Epochs": 0, "phase2StartEpoch": 1}}},
     ],

@@ -212,4 +212,4 @@ def test_all_parameters_at_their_cap_is_said() -> None:
 )
 def test_an_answer_without_a_proper_histogram_is_refused(arrays: dict[str, NDArray[np.int64]]) -> None:
     with pytest.raises(Malformed, match="w@0"):
-        counts_of(Slice(parameter="w", start=0, stop=10), arrays)
+        counts_of([Slice(parameter="w", start=0, stop=10)], arrays)

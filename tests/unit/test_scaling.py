@@ -90,3 +90,38 @@ def test_a_persons_number_wins_but_not_over_consensus() -> None:
     assert workers(THREE, num_params=1000, requests=2, override=3) == 3
     with pytest.raises(Invalid, match="cannot reach consensus"):
         workers(THREE, num_params=1000, requests=2, override=1)
+
+
+AUTO = "worker_calculation_rate: auto"
+NAMED = "ceil(num_params / (worker_calculation_rate * worker_time_budget))"
+
+
+def test_auto_puts_the_measured_rate_into_the_default_formula() -> None:
+    auto = Settings.from_yaml(AUTO)
+    assert formula_workers(auto, 10**9, 50_000) == 67
+    assert formula_workers(auto, 10**9) == formula_workers(Settings(), 10**9) == 7, "nothing measured: the default"
+    assert formula_workers(Settings(), 10**9, 50_000) == 7, "a number is what was asked for"
+    assert workers(auto, num_params=10**9, requests=200, measured=50_000) == 67
+    assert workers(auto, num_params=10**9, requests=200, measured=100_000_000) == 4
+    assert auto.digest() == Settings().digest(), "how fast workers are changes no decision, and no cycle's name"
+
+
+@pytest.mark.parametrize(
+    "formula", ["ceil(num_params/(500000*300))", NAMED, "max(2, num_params // worker_calculation_rate)"]
+)
+def test_auto_takes_the_default_formula_and_those_that_name_it(formula: str) -> None:
+    assert Settings.from_yaml(f"{{{AUTO}, worker_scaling_formula: '{formula}'}}").worker_calculation_rate == "auto"
+
+
+@pytest.mark.parametrize(
+    "formula", ["8", "num_params / 500000 / 300", "2 * num_params / (500000 * worker_time_budget)"]
+)
+def test_auto_refuses_a_formula_that_does_not_name_it(formula: str) -> None:
+    with pytest.raises(Invalid, match=r"does not name it.* write ceil\(num_params / \(worker_calculation_rate"):
+        Settings.from_yaml(f"{{{AUTO}, worker_scaling_formula: '{formula}'}}")
+
+
+@pytest.mark.parametrize("rate", ["0", "-5", "2.5", "fast", "true", "'500000'"])
+def test_a_rate_is_a_whole_number_or_auto(rate: str) -> None:
+    with pytest.raises(Invalid, match=r"worker_calculation_rate.*or auto"):
+        Settings.from_yaml(f"worker_calculation_rate: {rate}")

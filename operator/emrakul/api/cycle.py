@@ -133,12 +133,16 @@ class Timings(Model):
 
 
 class Rates(Model):
-    """Bytes a second, over all workers."""
+    """Bytes a second, over all workers: what they read, over the time of the phase."""
 
     analysis: Count | None = None
     """Read for scoring."""
     apply: Count | None = None
-    """Read and written for the candidate."""
+    """Read for the candidate; about as many are written."""
+    validation: Count | None = None
+    """Read back of candidate and base, over the time of their comparison."""
+    calculation: Count | None = None
+    """Parameters that one worker scored in a second: what worker_calculation_rate could be."""
 
 
 class Evidence(Model):

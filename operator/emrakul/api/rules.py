@@ -19,8 +19,8 @@ from emrakul.api.labels import CYCLE_NAME
 from emrakul.api.policy import PolicySpec, PruningPolicy, RollbackSpec, Target
 from emrakul.api.resource import CHECKPOINT, CheckpointName, Label, RunUri, Url
 from emrakul.guidance import Guidance
-from emrakul.quantities import Bytes, Seconds, Share
-from emrakul.scaling import NAMES
+from emrakul.quantities import Bytes, Rate, Seconds, Share
+from emrakul.scaling import DEFAULT_FORMULA, NAMED_FORMULA, NAMES
 from emrakul.settings import ProgressiveSchedule, SafetyConstraints, Section, Settings, StructuredPruning
 
 MUTABLE = frozenset({"suspend", "ttl_seconds_after_finished"})
@@ -152,6 +152,10 @@ _OF_PATTERN = {
         _int_or(1, 604_800, _DURATION),
         "write seconds as 300 or 60s, minutes as 5m, hours as 1h; from a second to a week",
     ),
+    _pattern(Rate): Rule(
+        _int_or(1, 10**12, "string(self) == 'auto'"),
+        "write a whole number of at least 1, such as 500000, or auto",
+    ),
     _pattern(Bytes): Rule(
         _int_or(96_000_000, 2**50, _SIZE),
         "write a size of at least 96MB, such as 2GB (2,000,000,000 bytes) or 2Gi",
@@ -212,6 +216,12 @@ _OF_MODEL: dict[type[BaseModel], tuple[Rule, ...]] = {
         Rule(
             f"self.workerScalingFormula.matches(r'{_FORMULA}')",
             f"a formula is made of numbers, {', '.join(NAMES)}, + - * / //, ceil, floor, min and max",
+            at="workerScalingFormula",
+        ),
+        Rule(
+            "type(self.workerCalculationRate) == int || self.workerScalingFormula.contains('worker_calculation_rate') "
+            f"|| self.workerScalingFormula.replace(' ', '') == '{DEFAULT_FORMULA.replace(' ', '')}'",
+            f"workerCalculationRate is auto, so a formula of your own must name it: write {NAMED_FORMULA}",
             at="workerScalingFormula",
         ),
         _once("importance"),

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from emrakul.cli.options import Opened, run_options
-from emrakul.cli.output import Output
+from emrakul.cli.output import Output, size
 from leyline.model import Malformed
 from leyline.records import Admit, End, Kind, Record
 from leyline.store import NotFound
+from leyline.work import Work
 
 
 @click.command()
@@ -71,9 +72,11 @@ def _unit(run: Opened, admit: Record, group: str, number: int) -> str:
 
 def _cycle(run: Opened, out: Output, admit: Record) -> None:
     from emrakul.timeline import report
+    from emrakul.work import work
 
     end = next((r for r in run.log.since(admit.n) if r.id == admit.id and isinstance(r.body, End)), None)
     found = report(run.store, admit, end)
+    done = work(run.store, admit.id, end.body.base if end and isinstance(end.body, End) else None)
     document: dict[str, Any] = {
         "cycle": found.cycle,
         "checkpoint": found.checkpoint,
@@ -87,6 +90,7 @@ def _cycle(run: Opened, out: Output, admit: Record) -> None:
         "accuracy_candidate": found.accuracy_candidate,
         "budgets": [budget.model_dump(mode="json") for budget in found.budgets],
         "seconds": found.seconds,
+        "work": {phase.value: one.model_dump(mode="json") for phase, one in done.items()},
     }
     if out.json:
         out.document(document)
@@ -102,6 +106,7 @@ def _cycle(run: Opened, out: Output, admit: Record) -> None:
         rows.append(("accuracy", f"{found.accuracy_base:.4f} before, {found.accuracy_candidate:.4f} after"))
     if found.seconds:
         rows.append(("took", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items())))
+    rows += [(f"{phase} read", _read(one)) for phase, one in done.items()]
     out.facts(rows)
     if found.budgets:
         out.line("")
@@ -118,3 +123,10 @@ def _cycle(run: Opened, out: Output, admit: Record) -> None:
             ],
             wide="bound by",
         )
+
+
+def _read(one: Work) -> str:
+    """What the workers of a phase read, and how fast one of them was."""
+    fast = f" at {size(int(one.bytes_read / one.seconds))}/s a worker" if one.seconds > 0 else ""
+    each = f", {one.parameters / one.seconds / 1e6:.1f} M parameters/s" if one.seconds > 0 and one.parameters else ""
+    return f"{size(one.bytes_read)}{fast}{each}; memory at most {size(one.peak_rss)}"

@@ -38,11 +38,13 @@ from emrakul.runtime.jobs import job
 from emrakul.runtime.kubernetes import KubernetesRuntime, launched
 from emrakul.runtime.pods import Owner, Terms
 from emrakul.timeline import phases
+from emrakul.work import work
 from leyline.log import NoRun, StoreReverted
 from leyline.model import Malformed
 from leyline.reasons import Outcome, Reason
 from leyline.records import Admit, End
 from leyline.store import StoreError
+from leyline.work import Work
 
 log = logging.getLogger("emrakul")
 
@@ -68,6 +70,8 @@ class _Driven:
     run: OpenRun
     seconds: Mapping[str, float] | None = None
     """Of each phase, once the cycle has ended."""
+    work: Mapping[Phase, Work] | None = None
+    """Of each phase's workers, likewise."""
     refused_since: float | None = None
     """When the API server first said no to what the cycle needs, by the loop's clock."""
 
@@ -334,10 +338,12 @@ def _facts(driven: _Driven, look: Seen, before: CycleStatus) -> Facts:
         seen = (record.n, run.log.read(record.n)[1])
     if driven.seconds is None and snapshot.end is not None and snapshot.admitted is not None:
         driven.seconds = phases(run.store, snapshot.admitted, snapshot.end)
+        driven.work = work(run.store, snapshot.cycle, snapshot.base)
     return Facts(
         run=run.store.uri,
         seen=seen if record else None,
         seconds=driven.seconds,
+        work=driven.work,
         workers=driven.runtime.workers(Phase.ANALYSE),
     )
 

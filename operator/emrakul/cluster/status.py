@@ -31,6 +31,7 @@ from leyline import layout
 from leyline.messages import Budget
 from leyline.reasons import OUTCOME_OF, REMEDY, Outcome, Reason
 from leyline.records import Admit, End, Prune
+from leyline.work import Work
 
 BUDGETS = 64
 """Of a decision, those that a status has room for; decision.json has all."""
@@ -45,6 +46,8 @@ class Facts:
     """Number and digest of the record that admitted or ended the cycle."""
     seconds: Mapping[str, float] | None = None
     """Of each phase, once the cycle has ended."""
+    work: Mapping[Phase, Work] | None = None
+    """Of each phase's workers, likewise."""
     workers: int | None = None
 
 
@@ -89,7 +92,7 @@ def cycle_status(
         else None,
         rollback=_rollback(snapshot),
         timings=_timings(facts.seconds),
-        rates=_rates(snapshot, facts.seconds),
+        rates=_rates(facts.work, facts.seconds or {}),
         untrusted=snapshot.untrusted,
         images=dict(admit.images) if isinstance(admit, Admit) else {},
         seen=Seen(record=facts.seen[0], digest=facts.seen[1]) if facts.seen else before.seen,
@@ -269,13 +272,21 @@ def _timings(seconds: Mapping[str, float] | None) -> Timings | None:
     )
 
 
-def _rates(s: Snapshot, seconds: Mapping[str, float] | None) -> Rates | None:
-    """Bytes of the checkpoint over the time of the phase."""
-    size = sum(stored.digest.size for stored in s.ready.objects) if s.ready else 0
-    if not seconds or not size:
+def _rates(work: Mapping[Phase, Work] | None, seconds: Mapping[str, float]) -> Rates | None:
+    """What the workers say that they read, over the time of the phase."""
+    if not work:
         return None
-    rate = {name: int(size / taken) for name in (Phase.ANALYSE, Phase.APPLY) if (taken := seconds.get(name, 0.0)) > 0}
-    return Rates(analysis=rate.get(Phase.ANALYSE), apply=rate.get(Phase.APPLY)) if rate else None
+    taken = {phase: seconds.get(phase, 0.0) for phase in work}
+    if Phase.VALIDATE in work:  # its phase is the gate's time, for the most part
+        taken[Phase.VALIDATE] = work[Phase.VALIDATE].seconds
+    rate = {phase: int(one.bytes_read / taken[phase]) for phase, one in work.items() if taken[phase] > 0}
+    scored = work.get(Phase.ANALYSE, Work())
+    return Rates(
+        analysis=rate.get(Phase.ANALYSE),
+        apply=rate.get(Phase.APPLY),
+        validation=rate.get(Phase.VALIDATE),
+        calculation=int(scored.parameters / scored.seconds) if scored.seconds > 0 else None,
+    )
 
 
 def _number(value: float | None) -> str | None:

@@ -1,9 +1,9 @@
 """Basic pruning: the exact global threshold over single weights, from sparse histograms of float32 keys.
 
 A key is a score's bit pattern; non-negative floats order like their bits. Pass one counts the high 16 bits, pass two
-the low 16 bits of one bucket a parameter. With tau the threshold, parameter p gives min(count_p(<= tau), cap_p); what
-is equal to tau goes in canonical order (parameter UUID, then flat index), so the result does not depend on slices,
-workers or order.
+the low 16 bits of one bucket a parameter, where any can be set. With tau the threshold, parameter p gives
+min(count_p(<= tau), cap_p); what is equal to tau goes in canonical order (parameter UUID, then flat index), so the
+result does not depend on slices, workers or order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,8 @@ BUCKETS = 1 << 16
 Counts = NDArray[np.int64]
 """[BUCKETS] weights by 16 bits of their key."""
 Sparse = Mapping[str, NDArray[Any]]
-"""The arrays of histogram or refine answers: `<slice key>/bucket` and `<slice key>/count`."""
+"""The arrays of histogram or refine answers: `<slice key>/bucket` and `<slice key>/count`, and of histogram answers
+`<slice key>/whole` where the lower 16 bits of every key are zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +53,44 @@ class WeightShare:
     """Every parameter was at its cap before the cycle."""
 
 
-def counts_of(slice_: Slice, arrays: Sparse) -> Counts:
-    """[BUCKETS] from a sparse answer; a refine answer may name whole keys, only their low 16 bits count."""
-    bucket, count = arrays.get(f"{slice_.key}/bucket"), arrays.get(f"{slice_.key}/count")
-    if bucket is None or count is None or bucket.shape != count.shape or bucket.ndim != 1 or (count < 0).any():
-        raise Malformed(f"the answer for {slice_.key} has no histogram, or one whose two arrays do not fit")
-    found = np.zeros(BUCKETS, dtype=np.int64)
-    np.add.at(found, bucket.astype(np.int64) & (BUCKETS - 1), count.astype(np.int64))
-    if found.sum() > slice_.stop - slice_.start:
-        raise Malformed(f"the histogram of {slice_.key} counts {found.sum()} of {slice_.stop - slice_.start} weights")
-    return found
+class Histogram(NamedTuple):
+    """How many weights have each value of 16 bits, without those that none has: there may be ten thousand of these."""
+
+    values: Counts
+    """Rising."""
+    counts: Counts
+
+    def upto(self, value: int) -> int:
+        """Weights with at most this value."""
+        return int(self.counts[: np.searchsorted(self.values, value, side="right")].sum())
+
+    def reaching(self, wanted: int) -> int:
+        """The value at which so many weights have it or a lower one; BUCKETS where they never are so many."""
+        at = int(np.searchsorted(np.cumsum(self.counts), wanted))
+        return int(self.values[at]) if at < len(self.values) else BUCKETS
+
+    def add_to(self, total: Counts, *, start: int = 0, cap: int | None = None) -> None:
+        """Add to `total` [BUCKETS] what each value adds; with a cap, as far as `start` and all up to it are below."""
+        found = start + np.cumsum(self.counts)
+        found = found if cap is None else np.minimum(found, cap)
+        total[self.values] += np.diff(found, prepend=start if cap is None else min(start, cap))
+
+
+def counts_of(slices: Iterable[Slice], arrays: Sparse) -> Histogram:
+    """The slices' histograms together; a refine answer may name whole keys, only their low 16 bits count."""
+    values, counts = [], []
+    for piece in slices:
+        bucket, count = arrays.get(f"{piece.key}/bucket"), arrays.get(f"{piece.key}/count")
+        if bucket is None or count is None or bucket.shape != count.shape or bucket.ndim != 1 or (count < 0).any():
+            raise Malformed(f"the answer for {piece.key} has no histogram, or one whose two arrays do not fit")
+        if count.sum() > piece.stop - piece.start:
+            raise Malformed(f"the histogram of {piece.key} counts {count.sum()} of {piece.stop - piece.start} weights")
+        values.append(bucket.astype(np.int64) & (BUCKETS - 1))
+        counts.append(count.astype(np.int64))
+    found, at = np.unique(np.concatenate(values), return_inverse=True)
+    total = np.zeros(len(found), dtype=np.int64)
+    np.add.at(total, at, np.concatenate(counts))
+    return Histogram(found, total)
 
 
 def spend_weights(
@@ -85,7 +114,7 @@ def spend_weights(
 
 
 def _quota(name: str, parameter: Parameter, slices: Sequence[Slice], coarse: Sparse, settings: Settings) -> Quota:
-    live = int(sum(counts_of(piece, coarse).sum() for piece in slices))
+    live = int(counts_of(slices, coarse).counts.sum())
     keep = math.ceil(settings.constraints.min_channel_retention * parameter.size)
     return Quota(name=name, parameter=parameter, slices=tuple(slices), live=live, cap=max(live - keep, 0))
 
@@ -101,9 +130,12 @@ def _share(
     live = sum(quota.live for quota in quotas)
     carried = Fraction(carry.get(budget_key(domain, Kind.WEIGHT), "0"))
     given = allowance(rate=rate, live=live, carry=carried)
-    below = [_counts(quota, coarse) for quota in quotas]
-    last = _last_eligible(np.sum(below, axis=0), _limit_factor(settings))
-    eligible = [int(counts[: last + 1].sum()) for counts in below]
+    below = [counts_of(quota.slices, coarse) for quota in quotas]
+    total = np.zeros(BUCKETS, dtype=np.int64)
+    for counts in below:
+        counts.add_to(total)
+    last = _last_eligible(total, _limit_factor(settings))
+    eligible = [counts.upto(last) for counts in below]
     possible = sum(min(count, quota.cap) for count, quota in zip(eligible, quotas, strict=True))
     achieved = min(given.allowed, possible)
     full = not any(quota.cap for quota in quotas)
@@ -155,24 +187,35 @@ def _value(keys: Any) -> NDArray[np.float32]:
 
 
 def refine_buckets(shares: Iterable[WeightShare], coarse: Sparse) -> dict[str, int]:
-    """The bucket of high 16 bits that each slice must refine, by slice key: where its parameter's threshold lies."""
-    found: dict[str, int] = {}
-    for share in shares:
-        for quota, bucket in _thresholds(share, coarse):
-            found |= {piece.key: bucket for piece in quota.slices}
-    return found
+    """The upper 16 bits that the second round looks into, by slice key. What it needs not read is left out."""
+    return {
+        piece.key: bucket
+        for share in shares
+        for quota, bucket in _thresholds(share, coarse)
+        for piece in quota.slices
+        if _lower(piece, bucket, coarse) is None
+    }
 
 
 def ties(shares: Iterable[WeightShare], coarse: Sparse, fine: Sparse) -> dict[str, Tie]:
     """The exact threshold of every slice that loses weights, by slice key."""
     found: dict[str, Tie] = {}
     for share in shares:
-        found |= _ties(share, coarse, fine)
+        whole = dict(fine)
+        for quota, bucket in _thresholds(share, coarse):
+            for piece in quota.slices:
+                whole |= _lower(piece, bucket, coarse) or {}
+        found |= _ties(share, coarse, whole)
     return found
 
 
-def _counts(quota: Quota, arrays: Sparse) -> Counts:
-    return np.asarray(sum(counts_of(piece, arrays) for piece in quota.slices), dtype=np.int64)
+def _lower(piece: Slice, bucket: int, coarse: Sparse) -> dict[str, NDArray[Any]] | None:
+    """The second round's answer for a slice, where the first one tells it: it has no key there, or none of its keys
+    has lower bits, as with bfloat16."""
+    count = coarse[f"{piece.key}/count"][coarse[f"{piece.key}/bucket"] == bucket]
+    if count.size and f"{piece.key}/whole" not in coarse:
+        return None
+    return {f"{piece.key}/bucket": np.zeros(count.size, dtype=np.uint32), f"{piece.key}/count": count}
 
 
 def _thresholds(share: WeightShare, coarse: Sparse) -> list[tuple[Quota, int]]:
@@ -180,17 +223,16 @@ def _thresholds(share: WeightShare, coarse: Sparse) -> list[tuple[Quota, int]]:
     k = share.budget.achieved
     if not k:
         return []
+    counts = [counts_of(quota.slices, coarse) for quota in share.quotas]
     given = np.zeros(BUCKETS, dtype=np.int64)
-    for quota in share.quotas:
-        given += np.minimum(np.cumsum(_counts(quota, coarse)), quota.cap)
-    common = int(np.searchsorted(given, k))
-    found = []
-    for quota in share.quotas:
-        upto = np.cumsum(_counts(quota, coarse))
-        own = int(np.searchsorted(upto, quota.cap)) if quota.cap else BUCKETS
-        if quota.cap and upto[common]:
-            found.append((quota, min(own, common)))
-    return found
+    for quota, found in zip(share.quotas, counts, strict=True):
+        found.add_to(given, cap=quota.cap)
+    common = int(np.searchsorted(np.cumsum(given), k))
+    return [
+        (quota, min(found.reaching(quota.cap), common))
+        for quota, found in zip(share.quotas, counts, strict=True)
+        if quota.cap and found.upto(common)
+    ]
 
 
 def _ties(share: WeightShare, coarse: Sparse, fine: Sparse) -> dict[str, Tie]:
@@ -198,42 +240,36 @@ def _ties(share: WeightShare, coarse: Sparse, fine: Sparse) -> dict[str, Tie]:
     if not chosen:
         return {}
     common = max(bucket for _, bucket in chosen)
-    before = [int(_counts(quota, coarse)[:bucket].sum()) for quota, bucket in chosen]
-    within = [np.cumsum(_counts(quota, fine)) for quota, _ in chosen]
-    given = np.zeros(BUCKETS, dtype=np.int64)
-    for (quota, bucket), start, upto in zip(chosen, before, within, strict=True):
-        given += np.minimum(start + upto, quota.cap) if bucket == common else quota.cap
-    low = int(np.searchsorted(given, share.budget.achieved))
-    left = share.budget.achieved - (int(given[low - 1]) if low else _start(chosen, before, common))
-    found: dict[str, Tie] = {}
-    for (quota, bucket), start, upto in zip(chosen, before, within, strict=True):
-        own = int(np.searchsorted(upto, quota.cap - start))
+    before = [counts_of(quota.slices, coarse).upto(bucket - 1) for quota, bucket in chosen]
+    within = [counts_of(quota.slices, fine) for quota, _ in chosen]
+    begun, given = 0, np.zeros(BUCKETS, dtype=np.int64)
+    for (quota, bucket), start, found in zip(chosen, before, within, strict=True):
+        begun += min(start, quota.cap) if bucket == common else quota.cap
+        if bucket == common:
+            found.add_to(given, start=start, cap=quota.cap)
+    low = int(np.searchsorted(begun + np.cumsum(given), share.budget.achieved))
+    left = share.budget.achieved - begun - int(given[:low].sum())
+    ties: dict[str, Tie] = {}
+    for (quota, bucket), start, found in zip(chosen, before, within, strict=True):
+        own = found.reaching(quota.cap - start)
         if bucket < common or own < low:  # its own cap comes first
-            taken = quota.cap - start - (int(upto[own - 1]) if own else 0)
-            found |= _spread(quota, bucket, own, taken, fine)
+            ties |= _spread(quota, bucket, own, quota.cap - start - found.upto(own - 1), fine)
         else:
-            below = int(upto[low - 1]) if low else 0
-            taken = min(int(upto[low]) - below, quota.cap - start - below, left)
+            below = found.upto(low - 1)
+            taken = min(found.upto(low) - below, quota.cap - start - below, left)
             left -= taken
-            found |= _spread(quota, bucket, low, taken, fine)
+            ties |= _spread(quota, bucket, low, taken, fine)
     if left:
         raise Malformed(f"the two histograms disagree by {left} weights in domain {share.budget.domain}")
-    return found
-
-
-def _start(chosen: Sequence[tuple[Quota, int]], before: Sequence[int], common: int) -> int:
-    """Weights that go before the first key of the common bucket."""
-    return sum(
-        min(start, quota.cap) if bucket == common else quota.cap
-        for (quota, bucket), start in zip(chosen, before, strict=True)
-    )
+    return ties
 
 
 def _spread(quota: Quota, bucket: int, low: int, equal: int, fine: Sparse) -> dict[str, Tie]:
     """The parameter's threshold for each slice; of what is equal to it, the first `equal` in flat order go."""
     found = {}
     for piece in quota.slices:
-        here = min(int(counts_of(piece, fine)[low]), equal)
+        counts = counts_of((piece,), fine)
+        here = min(counts.upto(low) - counts.upto(low - 1), equal)
         equal -= here
         found[piece.key] = Tie(below=(bucket << 16) | low, equal=here)
     return found

@@ -1,0 +1,236 @@
+"""Four gigabytes through workers that the kernel allows 256 MB each, and what a worker without bounds would meet there.
+
+`make large` runs this; a billion weights take about a minute for each format.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders import MODEL_ID, Run
+from emrakul.core.snapshot import Phase, Snapshot
+from emrakul.settings import Settings
+from emrakul.work import work
+from kasmina.formats import read_index
+from leyline import exits, layout
+from leyline.digest import Digester, ObjectDigest
+from leyline.ids import parameter_uuid
+from leyline.local import LocalStore
+from leyline.store import CHUNK, Data
+from leyline.topology import Group, Kind, Member, Parameter, Topology
+from limits import memory_limit
+from whole import BY_MAGNITUDE, SINGLE_WEIGHTS, Limited, committed, cycle, gone, masks_of_cycle, publish
+
+LIMIT = 256_000_000
+HELD = "analysis_memory_limit: 256MB\n"
+
+
+def model(layers: int, rows: int, columns: int) -> Topology:
+    """Square layers whose rows are one group of channels."""
+    names, shape = [f"layer{number:02d}.weight" for number in range(layers)], (rows, columns)
+    members = tuple(Member(parameter=name, role="producer", axis=0) for name in names)
+    group = Group(id="rows", kind=Kind.CHANNEL, units=rows, members=members, gates=("x",))
+    parameters = {name: Parameter(uuid=parameter_uuid(name, shape, MODEL_ID), shape=shape) for name in names}
+    return Topology(model_id=MODEL_ID, parameters=parameters, groups=(group,))
+
+
+@dataclass(frozen=True)
+class Made:
+    """An object that is made while it is read, and can be again: its header, then rows of its tensors."""
+
+    header: bytes
+    row: Callable[[int, int], bytes]
+    """(tensor, row) -> bytes."""
+    tensors: Sequence[int]
+    rows: int
+
+    def __iter__(self) -> Iterator[Data]:
+        pending = bytearray(self.header)
+        for tensor in self.tensors:
+            for row in range(self.rows):
+                pending += self.row(tensor, row)
+                while len(pending) >= CHUNK:
+                    yield bytes(pending[:CHUNK])
+                    del pending[:CHUNK]
+        if pending:
+            yield bytes(pending)
+
+
+def digest_of(chunks: Iterable[Data]) -> ObjectDigest:
+    digester = Digester()
+    for chunk in chunks:
+        digester.update(chunk)
+    return digester.finish()
+
+
+def row_of(columns: int) -> Callable[[int, int], bytes]:
+    """Rows that all differ, and grow with their number, so that the first ones are the least: real float32 bytes."""
+    noise = np.random.default_rng(0).random(columns + 4096, dtype=np.float32) + 1
+
+    def row(tensor: int, number: int) -> bytes:
+        at = (tensor * 131 + number * 7) % 4096
+        return (noise[at : at + columns] * np.float32(1e-3 * (number + 1))).tobytes()
+
+    return row
+
+
+Objects = Mapping[str, Iterable[Data]]
+"""A checkpoint's objects by path, each in chunks that can be read twice."""
+
+
+def safetensors(topology: Topology, tensors: Sequence[int]) -> Made:
+    names = list(topology.parameters)
+    rows, columns = topology.parameters[names[0]].shape
+    size, header = 4 * rows * columns, {}
+    for position, tensor in enumerate(tensors):
+        place = [position * size, (position + 1) * size]
+        header[names[tensor]] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": place}
+    text = json.dumps(header).encode()
+    return Made(struct.pack("<Q", len(text)) + text, row_of(columns), tensors, rows)
+
+
+def single(topology: Topology, _scratch: Path) -> Objects:
+    return {"model.safetensors": safetensors(topology, range(len(topology.parameters)))}
+
+
+def sharded(topology: Topology, _scratch: Path) -> Objects:
+    """Two shards and their index."""
+    names, half = list(topology.parameters), len(topology.parameters) // 2
+    shards = {
+        "model-00001-of-00002.safetensors": range(half),
+        "model-00002-of-00002.safetensors": range(half, len(names)),
+    }
+    where = {names[tensor]: path for path, tensors in shards.items() for tensor in tensors}
+    index = Made(json.dumps({"weight_map": where}).encode(), lambda _tensor, _row: b"", (), 0)
+    return {**{path: safetensors(topology, t) for path, t in shards.items()}, "model.safetensors.index.json": index}
+
+
+FORMATS: dict[str, Callable[[Topology, Path], Objects]] = {"safetensors": single, "safetensors-sharded": sharded}
+"""Who writes a format, by its name in READY.json: another one is another line here."""
+
+
+def published(folder: Path, topology: Topology, format_: str) -> Run:
+    objects = FORMATS[format_](topology, folder / "scratch")
+    written = {path: (chunks, digest_of(chunks)) for path, chunks in objects.items()}
+    return publish(LocalStore(folder / "run"), topology=topology, written=written, shards=len(written))
+
+
+def pruned_under_the_limit(run: Run, text: str) -> Snapshot:
+    """A cycle whose workers are held to LIMIT, each of them, and did what they should."""
+    made: list[Limited] = []
+
+    def runtime(uri: str) -> Limited:
+        made.append(Limited(uri, LIMIT))
+        return made[0]
+
+    ended = cycle(run.store, Settings.from_yaml(text + HELD), workers=1, runtime=runtime)
+    assert {code for _, code, _ in made[0].ended} == {exits.DONE}, made[0].ended
+    base = committed(ended)
+    done = work(run.store, ended.cycle, base)
+    assert set(done) == set(Phase)
+    for phase, one in done.items():
+        rate = one.bytes_read / one.seconds / 1e6
+        print(f"{phase}: {one.bytes_read / 1e9:.2f} GB at {rate:.0f} MB/s, peak {one.peak_rss / 1e6:.0f} MB")
+        assert one.peak_rss <= LIMIT
+    return ended
+
+
+def differs(run: Run, ended: Snapshot) -> dict[str, set[int]]:
+    """Of some rows of each tensor, those that are not the base's in the candidate; all of them must be zero."""
+    found: dict[str, set[int]] = {}
+    folder = layout.candidate(ended.cycle, committed(ended))
+    for name, ref in read_index(run.store, run.prefix, run.metadata).items():
+        rows, width = ref.shape[0], 4 * ref.shape[1]
+        some = {*range(0, rows, 97), *range(40), *range(rows // 8, rows // 8 + 40), rows - 1}
+        for row in sorted(one for one in some if one < rows):
+            at = ref.offset + row * width
+            old, new = (run.store.get_range(place + ref.object, at, at + width) for place in (run.prefix, folder))
+            if old != new:
+                assert not any(new), (name, row)
+                found.setdefault(name, set()).add(row)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Emptied at once: pytest keeps its folders for three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_four_gigabytes_in_256_mb_a_worker(folder: Path, format_: str) -> None:
+    topology = model(16, 8192, 8192)  # each tensor is 268 MB, more than a worker may hold
+    run = published(folder, topology, format_)
+    assert run.metadata.num_params > 10**9
+    assert run.metadata.num_bytes > 4 * 2**30
+    ended = pruned_under_the_limit(run, BY_MAGNITUDE)
+    assert ended.decision is not None
+    (group,) = ended.decision.groups
+    assert group.pruned == tuple(range(int(0.15 * 8192))), "the least rows"
+    assert differs(run, ended) == {
+        name: {row for row in {*range(0, 8192, 97), *range(40), *range(1024, 1064)} if row < int(0.15 * 8192)}
+        for name in topology.parameters
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("text", [BY_MAGNITUDE, SINGLE_WEIGHTS], ids=["structured", "basic"])
+@pytest.mark.parametrize("shape", [(10_000, 15_000), (3, 50_000_000)], ids=str)
+def test_a_tensor_of_600_mb_in_256_mb_a_worker(folder: Path, shape: tuple[int, int], text: str) -> None:
+    topology = model(1, *shape)
+    run = published(folder, topology, "safetensors")
+    third = text.replace("0.15", "0.34") + "  safety_constraints: {min_channel_retention: 0.5}\n"
+    ended = pruned_under_the_limit(run, third)
+    dead = gone(masks_of_cycle(run.store, ended), topology)["layer00.weight"].reshape(shape)
+    third_of = int(0.34 * shape[0])
+    if text is BY_MAGNITUDE:
+        assert dead.all(1).tolist() == [row < third_of for row in range(shape[0])]
+        assert differs(run, ended)["layer00.weight"] >= {0}
+    else:
+        assert dead.sum() == int(0.34 * shape[0] * shape[1])
+        assert dead[0].all() and not dead[-1].any(), "rows grow with their number"
+
+
+UNBOUNDED = {
+    "a worker that holds a tensor": "data = bytearray(268_000_000)",
+    "a worker that holds it as it comes": "data = [bytes(16 << 20) + bytes([n]) for n in range(17)]",
+}
+
+
+@pytest.mark.parametrize("code", UNBOUNDED.values(), ids=UNBOUNDED.keys())
+def test_who_holds_a_tensor_is_ended(code: str) -> None:
+    """The limit is one: else the tests above would show nothing."""
+    with memory_limit(LIMIT) as limit:
+        small = subprocess.run((sys.executable, "-c", "data = bytearray(100_000_000)"), preexec_fn=limit)
+    assert small.returncode == 0
+    with memory_limit(LIMIT) as limit:
+        held = subprocess.run((sys.executable, "-c", code), preexec_fn=limit, capture_output=True, text=True)
+    assert held.returncode == -9 or "MemoryError" in held.stderr
+
+
+def test_a_worker_that_needs_more_than_its_limit_says_so(tmp_path: Path) -> None:
+    """The very worker, under a limit that it cannot keep."""
+    run = published(tmp_path, model(1, 4000, 5000), "safetensors")
+    made: list[Limited] = []
+
+    def runtime(uri: str) -> Limited:
+        made.append(Limited(uri, 60_000_000))
+        return made[0]
+
+    ended = cycle(run.store, Settings.from_yaml(BY_MAGNITUDE + HELD), workers=1, runtime=runtime)
+    assert ended.end is not None and ended.end.reason != "Pruned"
+    assert exits.DONE not in {code for _, code, _ in made[0].ended}
