@@ -30,8 +30,8 @@ from charts import (
 )
 from emrakul.api.manifest import load_manifest, load_policy
 from emrakul.cluster import values
-from emrakul.cluster.config import Keys, OperatorConfig
 from emrakul.cluster.values import Values
+from emrakul.runtime.config import Keys, OperatorConfig
 from emrakul.settings import Settings
 
 EXAMPLES = ROOT / "examples" / "cluster"

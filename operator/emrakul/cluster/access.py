@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emrakul.api.policy import StoreSpec
-from emrakul.cluster.config import OperatorConfig
 from emrakul.cluster.kube import SECRETS, Forbidden, Kube
+from emrakul.runtime.config import OperatorConfig
 from leyline.envelope import SigningKey, Trust, signing_keys_from_environment, trust_from_environment
 from leyline.log import Log
 from leyline.open import open_store, probe

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from emrakul.api.policy import Objects, PodOverrides, SecretRef, Strings
 from emrakul.api.resource import Label, Model, Text
-from emrakul.cluster.config import Defaults, RunPrefix
+from emrakul.runtime.config import Defaults, RunPrefix
 
 # Helm's users unset a text by writing "", and `--set key=` gives it to them.
 MaybeName = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$", max_length=63)]
