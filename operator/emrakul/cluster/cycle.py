@@ -109,25 +109,38 @@ class CycleReconciler:
             self._driven.pop(subject.uid, None)
             self._known.pop(key, None)
             return await self.ended.finish(subject)
+        run = subject.status.run or subject.key.name
         try:
-            return await self._drive(subject)
+            source = await self.sources.of(subject)
+            run = source.run
+            return await self._drive(subject, source)
         except Over as over:
             if subject.status.cycle is not None:  # it is live in the log: only its record can end it
                 await self.teller.unable(subject, "Waiting", str(over))
                 return RESYNC_SECONDS
-            run = subject.cycle.spec.run
-            done = refused(subject.status, over.reason, str(over), run=run, generation=subject.generation, now=_now())
+            done = refused(
+                subject.status,
+                over.reason,
+                str(over),
+                run=subject.cycle.spec.run,
+                generation=subject.generation,
+                now=_now(),
+            )
             await self.teller.conclude(subject, done)
             return 0.0
         except (NotYet, NotReady, NoRun) as error:
             await self.teller.unable(subject, "Waiting", str(error))
             return SOON_SECONDS
+        except Invalid as error:  # a newer version admitted it
+            await self.teller.unable(subject, "Waiting", str(error))
+            return RESYNC_SECONDS
         except StoreReverted as error:
+            self.services.health.store_failed(run, error)
             self.services.metrics.store_error(error)
             await self.teller.unable(subject, "StoreReverted", str(error))
             return RESYNC_SECONDS
         except StoreError as error:
-            self.services.health.store_failed(subject.status.run or subject.key.name, error)
+            self.services.health.store_failed(run, error)
             self.services.metrics.store_error(error)
             await self.teller.unable(subject, "Waiting", str(error))
             raise
@@ -137,12 +150,11 @@ class CycleReconciler:
 
     # --- the live cycle ---
 
-    async def _drive(self, subject: Subject) -> float | None:
-        source = await self.sources.of(subject)
+    async def _drive(self, subject: Subject, source: Source) -> float | None:
         subject = replace(subject, status=subject.status.model_copy(update={"frozen": source.frozen}))
         run = await self.services.runs.open(
             Access(namespace=subject.key.namespace, run=source.run, store=source.frozen.store),
-            seen=seen_of(subject.status),
+            seen=seen_of(subject.status) if subject.key in self._known else await self.sources.seen(subject, source),
         )
         self._known[subject.key] = run.access
         self.services.attend(run.store.uri, subject.key)

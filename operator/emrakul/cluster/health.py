@@ -16,12 +16,16 @@ from typing import Any
 from aiohttp import web
 
 from emrakul.cluster.metrics import Metrics
+from leyline.log import StoreReverted
+from leyline.store import Changed, Damaged, Exists, NotFound
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format, as every version of it reads it."""
 STOP_SECONDS = 2.0
 FORGET_SECONDS = 300.0
 """A store that was not asked for so long (live runs: each minute) is nobody's any more, and says nothing."""
+
+OF_OBJECTS = (NotFound, Exists, Changed, Damaged, StoreReverted)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class Health:
         self._stores[run] = _Store(self._clock())
 
     def store_failed(self, run: str, error: Exception) -> None:
-        """The store of this run does not answer; since when, the first failure says."""
+        """What the store of this run came to; one that says something of an object does answer."""
+        if isinstance(error, OF_OBJECTS):
+            self.store_answered(run)
+            return
         before = self._stores.get(run)
         since = before.since if before and before.since else self._now()
         self._stores[run] = _Store(self._clock(), str(error), since)

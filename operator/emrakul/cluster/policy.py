@@ -97,6 +97,7 @@ class PolicyReconciler:
             await self._unready(key, body, before, "Waiting", str(error))
             return self._poll()
         except StoreReverted as error:
+            self.services.health.store_failed(policy.spec.run.rstrip("/"), error)
             self.services.metrics.store_error(error)
             await self._unready(key, body, before, "StoreReverted", str(error))
             return RESYNC_SECONDS
