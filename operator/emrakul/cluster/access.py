@@ -54,7 +54,7 @@ class OpenRun:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     seen: tuple[int, str] = (-1, "")
     """The newest record that a status named: what one resource saw, the log is held to for all of them."""
-    checked: float = float("-inf")
+    checked: float = field(default_factory=time.monotonic)
     """When it and the newest record that was read were last found in the log."""
 
 
@@ -113,7 +113,7 @@ class Runs:
         log = Log(store, keys=self.keys, trust=self.trust, seen=seen)
         log.tail()
         probe(store)
-        return OpenRun(access=access, store=store, log=log)
+        return OpenRun(access=access, store=store, log=log, seen=seen or (-1, ""))
 
     async def _reach(self, access: Access) -> _Reached:
         spec = access.store
