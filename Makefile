@@ -25,7 +25,7 @@ test: $(VENV)/.ready  ## every test that needs no cluster
 
 api: $(VENV)/.ready  ## the operator against a real API server and etcd (builds them once)
 	$(BIN)/python tests/cluster build components helm
-	$(BIN)/python -m pytest tests/api -n 2 --dist worksteal
+	$(BIN)/python -m pytest tests/api -n 3 --dist worksteal
 
 e2e: $(VENV)/.ready  ## the operator in a real cluster: its own, kind, or EMRAKUL_E2E_KUBECONFIG
 	$(BIN)/python tests/cluster build

@@ -18,6 +18,7 @@ from leyline.messages import (
     CheckpointMetadata,
     CheckpointUpdate,
     Decision,
+    Format,
     GroupDecision,
     MaskRef,
     Stage,
@@ -180,10 +181,12 @@ def make_run(
     more: Mapping[str, bytes] | None = None,
     written: Mapping[str, tuple[Iterable[Data], ObjectDigest]] | None = None,
     pad: int = 8,
+    stored: tuple[Format, Mapping[str, bytes]] | None = None,
 ) -> Run:
     """Write one checkpoint with READY.json, unsigned. `importance` becomes importance.safetensors, `more` as it is.
 
-    `written` streams the weights, too large for memory, instead of `weights`. The log is not touched.
+    `stored` are the weights' objects in another format. `written` streams the weights, too large for memory, instead
+    of `weights`. The log is not touched.
     """
     topology = topology or toy_topology()
     written = written or {}
@@ -191,6 +194,9 @@ def make_run(
     objects: dict[str, bytes] = {}
     if not written:
         objects = {"model.safetensors": safetensors(weights, pad=pad)} if shards == 1 else sharded(weights, shards)
+    form: Format = "safetensors" if shards == 1 else "safetensors-sharded"
+    if stored:
+        form, objects = stored[0], dict(stored[1])
     paths = (*written, *objects)
     listed = [StoredObject(path=path, digest=digest) for path, (_, digest) in written.items()]
     for path, (chunks, digest) in written.items():
@@ -211,7 +217,7 @@ def make_run(
         step=step,
         epoch=1,
         term=0,
-        format="safetensors" if shards == 1 else "safetensors-sharded",
+        format=form,
         weights=paths,
         optimizer="optimizer.safetensors" if slots else None,
         topology="topology.json",

@@ -88,17 +88,19 @@ def start(run: str | ObjectStore, *, seed: int = 0, dtype: torch.dtype = torch.f
     return Trainer(model, optimizer, tracker, held)
 
 
-def prune(store: ObjectStore, units: Mapping[int, Iterable[int]], *, base: int | None = None) -> Entry:
+def prune(
+    store: ObjectStore, units: Mapping[int, Iterable[int]], *, base: int | None = None, of: Topology | None = None
+) -> Entry:
     """A whole cycle on the tip (or on `base`), its analysis and verdict apart: `units` go, by number of the group."""
-    log = Log(store)
+    log, of = Log(store), of or topology()
     state = log.tail().state
     pair = state.pair(state.tip if base is None else base)  # type: ignore[arg-type]
     assert pair is not None
     name = drafts.cycle(pair.record)
     log.append(drafts.admitted(pair.record), base=pair.record)
     metadata = read_ready(store, pair.checkpoint, trust=None)
-    written = builders.Run(store, metadata, topology(), {}, {})
-    pruned = {topology().groups[number].id: tuple(gone) for number, gone in units.items()}
+    written = builders.Run(store, metadata, of, {}, {})
+    pruned = {of.groups[number].id: tuple(gone) for number, gone in units.items()}
     builders.decide(written, pruned, inherited=pair.masks, cycle=name, base=pair.record)
     assert apply.apply(store, apply.read_plan(store, cycle=name, base=pair.record, trust=None), worker=0, of=1) == ()
     key = layout.manifest(name, pair.record)

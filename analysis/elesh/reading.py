@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
+from kasmina.formats import Chunks, TensorRef, gather
 from leyline.digest import ObjectDigest, verified_range
 from leyline.store import CHUNK, ObjectStore
 
@@ -40,6 +41,21 @@ class PlainObject:
 
     def read(self, start: int, stop: int) -> bytes:
         return verified_range(self._store, self._key, self._digest, start, stop, self._pin)
+
+
+class GatheredTensor:
+    """A tensor that does not lie in one piece, as if it did."""
+
+    def __init__(self, ref: TensorRef, chunks: Chunks) -> None:
+        self._ref, self._chunks = ref, chunks
+
+    @property
+    def size(self) -> int:
+        return self._ref.nbytes
+
+    def read(self, start: int, stop: int) -> bytes:
+        width = self._ref.boxes[0].itemsize
+        return gather(self._ref, start // width, stop // width, self._chunks.read)
 
 
 class Extent(NamedTuple):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Self
 
-from elesh.reading import Extent, PlainObject
+from elesh.reading import Extent, GatheredTensor, PlainObject, Source
 from elesh.squares import segments
-from kasmina.formats import TensorRef, bind, elements, read_index
+from kasmina.formats import Chunks, TensorRef, bind, elements, read_index
 from leyline import layout
 from leyline.digest import verified_range
 from leyline.messages import CheckpointMetadata, Slice
@@ -51,23 +51,26 @@ class Weights:
         return cls(store, metadata, topology, {name: found[0] for name, found in bound.items()})
 
     @cached_property
-    def _objects(self) -> dict[str, PlainObject]:
+    def _sources(self) -> dict[str, tuple[Source, int]]:
+        """What each parameter is read from, and the byte there at which it begins."""
         prefix = layout.checkpoint(self.metadata.name)
-        pins = {ref.object: ref.pin for ref in self.refs.values()}
-        return {
-            path: PlainObject(self.store, prefix + path, self.metadata.object(path).digest, pin=pin)
-            for path, pin in pins.items()
-        }
+        pins = {box.object: box.pin for ref in self.refs.values() for box in ref.boxes}
+        digests = {path: self.metadata.object(path).digest for path in pins}
+        objects = {path: PlainObject(self.store, prefix + path, digests[path], pin=pin) for path, pin in pins.items()}
+        chunks = Chunks(self.store, prefix, digests, pins)
+        found: dict[str, tuple[Source, int]] = {}
+        for name, ref in self.refs.items():
+            whole = ref.whole
+            found[name] = (objects[whole.object], whole.offset) if whole else (GatheredTensor(ref, chunks), 0)
+        return found
 
     def segments(self, slice_: Slice) -> list[Segment]:
         """The slice in pieces that one thread scores at a time. Malformed unless it is whole rows."""
         ref = self.refs[slice_.parameter]
         rows(slice_, ref.shape)
         elements(b"", ref.dtype)  # refuses what holds no floats before anything is read
-        width, source = ITEMSIZE[ref.dtype], self._objects[ref.object]
+        width, (source, begin) = ITEMSIZE[ref.dtype], self._sources[slice_.parameter]
         return [
-            Segment(
-                slice_, start, stop, Extent(source, ref.offset + start * width, ref.offset + stop * width), ref.dtype
-            )
+            Segment(slice_, start, stop, Extent(source, begin + start * width, begin + stop * width), ref.dtype)
             for start, stop in segments(slice_.start, slice_.stop, ref.shape)
         ]

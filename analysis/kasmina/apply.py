@@ -15,8 +15,8 @@ from functools import partial
 
 import numpy as np
 
-from kasmina.formats.index import bind, read_index
-from kasmina.rewrite import copy_masked, zeroed_weights
+from kasmina.formats import bind, read_index, read_slots
+from kasmina.rewrite import Zeroes, copy_masked, zeroed_weights, zeroes_of
 from leyline import exits, layout, tensors
 from leyline.answers import with_result
 from leyline.bits import Bits, Packed, PackedBits, clear, ones, window
@@ -51,6 +51,8 @@ class Plan:
     update: CheckpointUpdate
     metadata: CheckpointMetadata
     masks: Masks
+    zeroes: tuple[Zeroes, ...]
+    """What the masks prune, by where it lies."""
 
 
 def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None) -> Plan:
@@ -79,7 +81,8 @@ def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None)
     for name, parameter in masks.parameters.items():
         if name not in topology.parameters or topology.parameters[name].uuid != parameter.uuid:
             raise Malformed(f"the masks prune {name} of shape {list(parameter.shape)}, which this model lacks")
-    return Plan(update=update, metadata=metadata, masks=masks)
+    zeroes = zeroes_of(index, masks, slots=False) + zeroes_of(read_slots(store, prefix, metadata), masks, slots=True)
+    return Plan(update=update, metadata=metadata, masks=masks, zeroes=tuple(zeroes))
 
 
 def inherited_masks(store: ObjectStore, ref: MaskRef) -> Masks:
@@ -180,8 +183,7 @@ def _copy(
         source=layout.checkpoint(plan.metadata.name),
         target=layout.candidate(plan.update.cycle, plan.update.base),
         stored=stored,
-        masks=plan.masks,
-        slots=stored.path == plan.metadata.optimizer,
+        zeroes=plan.zeroes,
         ahead=int(scale * max(0, min(2, spare))),
     )
     return Copied(object=copied).canonical()

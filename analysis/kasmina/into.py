@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kasmina.enforce import MaskEnforcer, MasksDoNotFit
-from kasmina.formats.index import TensorRef
+from kasmina.formats import TensorRef
+from kasmina.tensor_files import TORCH
 from kasmina.training_state import ModelDoesNotFit, Stepped, Training, forget_slots, restore_slot, stepped
 from leyline.masks import Masks
 from leyline.model import Malformed
@@ -60,7 +61,9 @@ class IntoTraining:
 
     @torch.no_grad()
     def weight(self, name: str, value: Tensor) -> None:
-        self._weights[self._tied.get(name, name)].copy_(value)
+        name = self._tied.get(name, name)
+        if name in self._weights:  # else it is one that _check_weights lets pass
+            self._weights[name].copy_(value)
 
     def slot(self, key: str, value: Tensor, number: str | None) -> None:
         restore_slot(key, value, self._stepped, self._copies, number)
@@ -78,8 +81,9 @@ class IntoTraining:
         self._enforcer.update(masks)
 
     def _check_weights(self, weights: Mapping[str, TensorRef]) -> None:
+        # an imported BERT still holds its position_ids: whole numbers that the model lacks are no weights of it
         known = set(self._weights) | set(self._tied)
-        if extra := next((name for name in weights if name not in known), None):
+        if extra := next((name for name, ref in weights.items() if name not in known and _is_float(ref)), None):
             raise ModelDoesNotFit(f"the checkpoint holds {extra}, which this model does not have; load its own model")
         for name, tensor in self._weights.items():
             names = (name, *(other for other, first in self._tied.items() if first == name))
@@ -100,6 +104,10 @@ class IntoTraining:
                 raise ModelDoesNotFit(f"the checkpoint holds {key}, but nothing here steps {name}; pass its optimizers")
             if held is not None and (name not in held or tuple(held[name].shape) != ref.shape):
                 raise ModelDoesNotFit(f"the checkpoint holds {key} of shape {list(ref.shape)}, this training does not")
+
+
+def _is_float(ref: TensorRef) -> bool:
+    return ref.dtype not in TORCH or TORCH[ref.dtype].is_floating_point
 
 
 class IntoTensors:

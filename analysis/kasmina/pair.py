@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 from torch import Tensor
 
 from kasmina.enforce import MasksDoNotFit
-from kasmina.formats.index import TensorRef, read_index, read_slots
-from kasmina.formats.stream import stream
+from kasmina.formats import Box, Chunks, TensorRef, gather, read_index, read_slots, stream
 from kasmina.into import Into
 from kasmina.tensor_files import read_tensor
 from kasmina.training_state import number_of
@@ -109,22 +109,34 @@ def _load_tensors(store: ObjectStore, prefix: str, metadata: CheckpointMetadata,
 def _tensors(
     store: ObjectStore, prefix: str, metadata: CheckpointMetadata, refs: Mapping[str, TensorRef]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, in the order of objects and offsets; each object is read once, from front to back."""
-    for path in dict.fromkeys(ref.object for ref in refs.values()):
-        named = sorted(((n, r) for n, r in refs.items() if r.object == path), key=lambda item: item[1].offset)
-        chunks = stream(store, prefix + path, metadata.object(path).digest, pin=named[0][1].pin)
+    """Every tensor. What lies in one piece comes in the order of objects and offsets, each object read once."""
+    scattered = [(name, ref) for name, ref in refs.items() if not ref.whole]
+    whole = [(box, name, ref) for name, ref in refs.items() if (box := ref.whole)]
+    whole.sort(key=lambda item: (item[0].object, item[0].offset))
+    for path, group in groupby(whole, key=lambda item: item[0].object):
+        named: list[tuple[Box, str, TensorRef]] = []
+        for item in group:  # what shares bytes with another has passed by when its turn comes
+            if named and item[0].offset < named[-1][0].stop:
+                scattered.append(item[1:])
+            else:
+                named.append(item)
+        chunks = stream(store, prefix + path, metadata.object(path).digest, pin=named[0][0].pin)
         yield from _assembled(chunks, named)
+    digests = {stored.path: stored.digest for stored in metadata.objects}
+    kept = Chunks(store, prefix, digests, {box.object: box.pin for _, ref in scattered for box in ref.boxes})
+    for name, ref in scattered:
+        yield name, read_tensor(bytearray(gather(ref, 0, ref.size, kept.read)), ref.dtype, ref.shape)
 
 
-def _assembled(chunks: Iterable[bytes], named: Sequence[tuple[str, TensorRef]]) -> Iterator[tuple[str, Tensor]]:
+def _assembled(chunks: Iterable[bytes], named: Sequence[tuple[Box, str, TensorRef]]) -> Iterator[tuple[str, Tensor]]:
     waiting = deque(named)
     held = bytearray()
     at = 0
     for chunk in chunks:
         view = memoryview(chunk)
         while waiting:
-            name, ref = waiting[0]
-            held += view[max(ref.offset + len(held) - at, 0) : ref.offset + ref.nbytes - at]
+            box, name, ref = waiting[0]
+            held += view[max(box.offset + len(held) - at, 0) : box.offset + ref.nbytes - at]
             if len(held) < ref.nbytes:
                 break
             yield name, read_tensor(held, ref.dtype, ref.shape)

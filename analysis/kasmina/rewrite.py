@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kasmina.formats.index import SAFETENSORS, read_header
-from kasmina.formats.stream import stream
+from kasmina.formats import Box, TensorRef, stream
+from kasmina.formats.zips import Checksums
 from leyline.digest import Digester, ObjectDigest
-from leyline.ids import canonical_name
 from leyline.masks import Dead, Masks
 from leyline.messages import StoredObject
 from leyline.model import Malformed
-from leyline.store import Data, Head, ObjectStore
-from leyline.tensors import ITEMSIZE, Entry
+from leyline.store import Data, ObjectStore
 
 _COUNTER = "step"
 """Adam's step count: no moment, although a scalar parameter's has its parameter's shape."""
@@ -23,33 +21,58 @@ _COUNTER = "step"
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """Bytes [start, stop) of an object: one tensor of which something is pruned."""
+    """Bytes [start, stop) of an object: elements of a tensor that lie without a gap."""
 
     start: int
     stop: int
     itemsize: int
     dead: Dead
+    first: int = 0
+    """Number that the element at `start` has for `dead`."""
 
 
 def copy_masked(
-    store: ObjectStore, *, source: str, target: str, stored: StoredObject, masks: Masks, slots: bool, ahead: int
+    store: ObjectStore, *, source: str, target: str, stored: StoredObject, zeroes: Sequence[Zeroes], ahead: int
 ) -> StoredObject:
-    """Write `<target><path>`, which is `<source><path>` with everything zero that the masks prune.
+    """Write `<target><path>`, which is `<source><path>` with everything zero that `zeroes` say, checksums repaired.
 
-    `slots`: the object's tensors are named `<parameter>/<slot>`. An object that is no safetensors file (an index) is
-    copied as it is. Malformed if masks and tensors do not fit, Damaged if the source is not what its digest says.
+    Damaged if the source is not what its digest says.
     """
     head = store.head(source + stored.path)
-    copy = _Copy(
-        store,
-        source + stored.path,
-        stored.digest,
-        head.pin,
-        _extents(store, source, stored.path, head, masks, slots=slots),
-        ahead,
-    )
+    here = tuple(sorted((each for each in zeroes if each.box.object == stored.path), key=lambda each: each.box.offset))
+    copy = _Copy(store, source + stored.path, stored.digest, head.pin, here, ahead)
     store.put_stream(target + stored.path, copy, size=stored.digest.size)
     return StoredObject(path=stored.path, digest=copy.digester.finish())
+
+
+@dataclass(frozen=True)
+class Zeroes:
+    """What is pruned of one box, its elements numbered as they lie."""
+
+    box: Box
+    dead: Dead
+
+
+def zeroes_of(refs: Mapping[str, TensorRef], masks: Masks, *, slots: bool) -> list[Zeroes]:
+    """What the masks prune of these tensors. Malformed if masks and tensors do not fit.
+
+    `slots`: they are named `<parameter>/<slot>`.
+    """
+    owners = {alias: name for name, parameter in masks.parameters.items() for alias in parameter.aliases}
+    found: dict[Box, Zeroes] = {}
+    for tensor, ref in refs.items():
+        owner, slot = _owner(tensor) if slots else (tensor, "")
+        dead = masks.dead(owners.get(owner, owner))
+        if dead is None or slot == _COUNTER or (slots and ref.shape != dead.shape):
+            continue
+        if ref.shape != dead.shape:
+            raise Malformed(
+                f"{ref.object}: tensor {tensor} has shape {list(ref.shape)}, its mask {list(dead.shape)}; the masks "
+                "belong to another model"
+            )
+        for box in ref.boxes:  # tied tensors have the same ones
+            found.setdefault(box, Zeroes(box, dead.within(box.origin, box.shape, box.order)))
+    return list(found.values())
 
 
 @dataclass
@@ -60,43 +83,31 @@ class _Copy:
     key: str
     digest: ObjectDigest
     pin: str
-    extents: tuple[Extent, ...]
+    zeroes: tuple[Zeroes, ...]
     ahead: int
 
     def __iter__(self) -> Iterator[Data]:
         self.digester = Digester()
-        start = 0
-        for chunk in stream(self.store, self.key, self.digest, pin=self.pin, ahead=self.ahead):
-            masked = _masked(chunk, start, self.extents)
+        checksums = Checksums(each.box.record for each in self.zeroes if each.box.record)
+        known = checksums.ahead
+        if known:
+            for start, masked in self._masked():
+                checksums.update(masked, start)
+        for start, masked in self._masked():
+            if not known:
+                checksums.update(masked, start)
+            if places := checksums.places(start, start + len(masked)):
+                masked = bytearray(masked)
+                for at, byte in places:
+                    masked[at - start] = byte
             self.digester.update(masked)
             yield masked
+
+    def _masked(self) -> Iterator[tuple[int, Data]]:
+        start = 0
+        for chunk in stream(self.store, self.key, self.digest, pin=self.pin, ahead=self.ahead):
+            yield start, _masked(chunk, start, self.zeroes)
             start += len(chunk)
-
-
-def _extents(
-    store: ObjectStore, source: str, path: str, head: Head, masks: Masks, *, slots: bool
-) -> tuple[Extent, ...]:
-    if not path.endswith(SAFETENSORS):
-        return ()
-    owners = {alias: name for name, parameter in masks.parameters.items() for alias in parameter.aliases}
-    found = []
-    for tensor, entry in read_header(store, source, path, head).items():
-        owner, slot = _owner(tensor) if slots else (tensor, "")
-        name = canonical_name(owner)
-        dead = masks.dead(owners.get(name, name))
-        if dead is None or slot == _COUNTER or (slots and entry.shape != dead.shape):
-            continue
-        if entry.shape != dead.shape:
-            raise Malformed(
-                f"{path}: tensor {tensor} has shape {list(entry.shape)}, its mask {list(dead.shape)}; the masks belong "
-                "to another model"
-            )
-        found.append(_extent(entry, dead))
-    return tuple(sorted(found, key=lambda extent: extent.start))
-
-
-def _extent(entry: Entry, dead: Dead) -> Extent:
-    return Extent(start=entry.start, stop=entry.stop, itemsize=ITEMSIZE[entry.dtype], dead=dead)
 
 
 def _owner(tensor: str) -> tuple[str, str]:
@@ -104,30 +115,35 @@ def _owner(tensor: str) -> tuple[str, str]:
     return owner, slot
 
 
-def _masked(chunk: bytes, start: int, extents: tuple[Extent, ...]) -> Data:
+def _masked(chunk: bytes, start: int, zeroes: Sequence[Zeroes]) -> Data:
     """The chunk, which begins at byte `start` of its object, with the dead elements zero."""
-    touching = [extent for extent in extents if extent.start < start + len(chunk) and start < extent.stop]
+    end = start + len(chunk)
+    touching = [each for each in zeroes if each.box.offset < end and start < each.box.stop]
     if not touching:
         return chunk
     masked = bytearray(chunk)
-    for extent in touching:
-        _zero(masked, start, extent)
+    for each in touching:
+        size = each.box.itemsize
+        for run in each.box.runs(start, end):
+            stop = run.start + run.size * size
+            _zero(masked, start, Extent(start=run.start, stop=stop, itemsize=size, dead=each.dead, first=run.first))
     return masked
 
 
 def _zero(chunk: bytearray, start: int, extent: Extent) -> None:
-    """Zero what is dead of one tensor, as unsigned integers: zero is the zero byte in every dtype we read."""
+    """Zero what is dead of one extent, as unsigned integers: zero is the zero byte in every dtype that is bound."""
     size = extent.itemsize
     begin = max(start - extent.start, 0)
     end = min(start + len(chunk), extent.stop) - extent.start
     first, last = -(-begin // size), end // size
     if first < last:
         at = extent.start + first * size - start
-        extent.dead.zero(np.frombuffer(chunk, dtype=f"<u{size}", count=last - first, offset=at), first)
+        flat = np.frombuffer(chunk, dtype=f"<u{size}", count=last - first, offset=at)
+        extent.dead.zero(flat, extent.first + first)
     # The format aligns nothing: an element may lie across two chunks, and each zeroes its part.
     for cut in {begin // size, end // size}:
         lower, upper = max(cut * size, begin), min((cut + 1) * size, end)
-        if 0 < upper - lower < size and extent.dead.touches(cut, cut + 1):
+        if 0 < upper - lower < size and extent.dead.touches(extent.first + cut, extent.first + cut + 1):
             at = extent.start + lower - start
             chunk[at : at + upper - lower] = bytes(upper - lower)
 

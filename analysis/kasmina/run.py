@@ -379,6 +379,10 @@ class TrainingRun:
         self.resumed = loaded
         return loaded
 
+    def close(self) -> None:
+        """Enforce masks no longer: the training is over, and its optimizers may go on to another one."""
+        self._enforcer.remove()
+
     def _check_ours(self, state: RunState) -> None:
         if self._position.opened is not None and state.opened != self._position.opened:
             raise PublishRefused("another trainer opened this run since; stop, or start() anew to take it back")

@@ -37,6 +37,11 @@ def sent(cycle: str) -> str:
     return f"reports/sent-{cycle}.json"
 
 
+def recovery_model(record: int) -> str:
+    """What the validator said of the pair that the rollback of log record `record` went back to."""
+    return f"reports/recovery-{record}-model.json"
+
+
 def recovery(record: int) -> str:
     """What recovery validation found after the rollback that is log record `record`."""
     return f"reports/recovery-{record}.json"

@@ -12,7 +12,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,6 +50,7 @@ class LocalStore:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = _as_path(root)
         self._swept = False
+        self._borrowed: dict[str, tuple[LocalStore, str]] = {}
 
     @property
     def uri(self) -> str:
@@ -109,6 +110,16 @@ class LocalStore:
             seconds = time.time()
         return datetime.fromtimestamp(seconds, UTC)
 
+    def lender(self, uri: str) -> LocalStore:
+        scheme, separator, _ = uri.partition("://")
+        if separator and scheme != "file":
+            raise StoreError(f"{uri} is in another kind of store than the run {self.uri}; copy it into a folder")
+        return LocalStore(uri)
+
+    def borrow(self, uri: str, keys: Mapping[str, str]) -> None:
+        lender = self.lender(uri)
+        self._borrowed |= {key: (lender, path) for key, path in keys.items()}
+
     def _path(self, key: str) -> Path:
         path = self._root / checked_key(key)
         if key.split("/", 1)[0] == TEMPORARY:
@@ -144,6 +155,10 @@ class LocalStore:
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[int]:
+        if lent := self._borrowed.get(key):
+            with lent[0]._opened(lent[1]) as file:
+                yield file
+            return
         path = self._path(key)
         with self._told(key):
             try:

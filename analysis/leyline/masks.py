@@ -20,6 +20,9 @@ from leyline.bits import WINDOW, Bits, Packed, PackedBits, window
 from leyline.model import Malformed, Value, canonical_json
 from leyline.topology import Group, Kind, Member, Parameter
 
+_LOOKED_UP = 1 << 18
+"""Bits whose places are computed at once, a multiple of 8: each takes some dozens of bytes meanwhile."""
+
 
 class _Header(Value):
     version: Literal[1] = 1
@@ -64,6 +67,34 @@ class Dead:
     def full(self) -> Bits:
         """The pruned elements as an array of the parameter's shape."""
         return self.range(0, int(np.prod(self.shape, dtype=np.int64))).reshape(self.shape)
+
+    def within(self, origin: tuple[int, ...], shape: tuple[int, ...], order: tuple[int, ...]) -> Dead:
+        """The pruned elements of the rectangle at `origin`, with its axes in this order, as it may lie in a file."""
+        if shape == self.shape and order == tuple(range(len(shape))):
+            return self
+        place = [slice(start, start + side) for start, side in zip(origin, shape, strict=True)]
+        turned = tuple(shape[axis] for axis in order)
+        parts = []
+        for view, bits in self.parts:
+            whole = bits if view == self.shape else np.broadcast_to(bits, view).reshape(self.shape)
+            cut = whole[tuple(part if side > 1 else slice(None) for part, side in zip(place, whole.shape, strict=True))]
+            parts.append((turned, cut.transpose(order)))
+        single = None if self.single is None else self._single_within(self.single, origin, turned, order)
+        return Dead(turned, tuple(parts), single)
+
+    def _single_within(
+        self, single: PackedBits, origin: tuple[int, ...], turned: tuple[int, ...], order: tuple[int, ...]
+    ) -> PackedBits:
+        size = int(np.prod(turned, dtype=np.int64))
+        pieces = [np.zeros(0, dtype=np.uint8)]
+        for start in range(0, size, _LOOKED_UP):
+            places = np.unravel_index(np.arange(start, min(start + _LOOKED_UP, size)), turned)
+            flat = sum(
+                (along + origin[axis]) * int(np.prod(self.shape[axis + 1 :], dtype=np.int64))
+                for axis, along in zip(order, places, strict=True)
+            )
+            pieces.append(np.packbits(single[flat >> 3] >> (flat & 7) & 1, bitorder="little"))
+        return np.concatenate(pieces)
 
     def _fill_single(self, flat: NDArray[Any], offset: int, value: Any) -> None:
         if self.single is None:

@@ -19,6 +19,10 @@ Fraction = str
 """An exact fraction as text, "3/100" or "0": budgets and carries never pass through a float."""
 
 
+Format = Literal["safetensors", "safetensors-sharded", "torch-zip", "torch-zip-sharded", "dcp"]
+"""How the weights are stored. `-sharded`: several objects and a `.index.json`; `dcp`: torch.distributed.checkpoint."""
+
+
 class Stage(StrEnum):
     """The progressive schedule. Order matters: promotion and demotion go one step along it."""
 
@@ -107,7 +111,7 @@ class CheckpointMetadata(Message):
     step: int = Field(ge=0)
     epoch: int = Field(ge=0)
     term: int = Field(ge=0)
-    format: Literal["safetensors", "safetensors-sharded"]
+    format: Format
     weights: tuple[str, ...] = Field(min_length=1)
     """Paths of the objects that hold the model's weights (with the index, if there is one)."""
     optimizer: str | None = None
@@ -118,6 +122,9 @@ class CheckpointMetadata(Message):
     tracker: str | None = None
     """The tracker's own state, restored by a rollback to this checkpoint."""
     objects: tuple[StoredObject, ...]
+    imported_from: str | None = None
+    """Where the weights lie, if nobody of ours wrote them: the URI of a folder outside of the run, of which the objects
+    in `weights` are read by their paths, and that is never written to or deleted from."""
     baked: MaskRef | None = None
     """The masks that the saved weights already carry."""
     num_params: int = Field(ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -32,14 +32,26 @@ def open_store(
     region: str | None = None,
     ca_bundle: str | None = None,
     credentials: Credentials | None = None,
+    largest: int | None = None,
+    may_borrow: Callable[[str], bool] = lambda _: True,
 ) -> ObjectStore:
     """The store of the run at `s3://bucket/prefix`, `file:///folder` or a plain path.
 
-    Endpoint, region, CA bundle and credentials are for S3; left out, the usual AWS variables count. StoreError if the
-    URI is malformed, lies inside another run, contains one, or holds folders that are no run's. To know that, the store
-    is asked, so this may also end in Refused or Unreachable.
+    Endpoint, region, CA bundle and credentials are for S3; left out, the usual AWS variables count. Also for S3 alone:
+    `largest` is how many bytes an object may have that is read as a whole, larger ones are Damaged; `may_borrow` says
+    where imported checkpoints of this run may lie, by URI. StoreError if the URI is malformed, lies inside another run,
+    contains one, or holds folders that are no run's. To know that, the store is asked, so this may also end in Refused
+    or Unreachable.
     """
-    store = _store_for(uri, endpoint=endpoint, region=region, ca_bundle=ca_bundle, credentials=credentials)
+    store = _store_for(
+        uri,
+        endpoint=endpoint,
+        region=region,
+        ca_bundle=ca_bundle,
+        credentials=credentials,
+        largest=largest,
+        may_borrow=may_borrow,
+    )
     for ancestor in store.ancestors():
         if _is_run(ancestor):
             raise StoreError(f"{uri} lies inside the run {ancestor.uri}; give each run a prefix outside of all others")
@@ -75,7 +87,14 @@ def probe(store: ObjectStore) -> None:
 
 
 def _store_for(
-    uri: str, *, endpoint: str | None, region: str | None, ca_bundle: str | None, credentials: Credentials | None
+    uri: str,
+    *,
+    endpoint: str | None,
+    region: str | None,
+    ca_bundle: str | None,
+    credentials: Credentials | None,
+    largest: int | None,
+    may_borrow: Callable[[str], bool],
 ) -> LocalStore | S3Store:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in ("s3", "file"):
@@ -98,8 +117,16 @@ def _store_for(
             region=region,
             ca_bundle=ca_bundle,
             credentials=credentials,
+            largest=largest,
+            may_borrow=may_borrow,
         )
     return LocalStore(uri)
+
+
+def run_around(store: ObjectStore) -> str | None:
+    """The URI of the run that `store` is or lies in, or None."""
+    found = (one for one in (store, *store.ancestors()) if _is_run(one))
+    return next((one.uri for one in found), None)
 
 
 def _is_run(store: ObjectStore) -> bool:

@@ -174,7 +174,7 @@ REMEDY: dict[Reason, str] = {
     Reason.PROBATION: "Nothing to do: the trainer restarts from the pair before the masks that made it worse.",
     Reason.INVALID_INPUT: "Nothing of it was used; the next valid checkpoint starts a new cycle.",
     Reason.UNTRUSTED: "Sign with a trusted key, or add the publisher's key to the trust folder.",
-    Reason.RUN_NOT_ALLOWED: "Ask whoever installed the operator to add the run's prefix to allowedRunPrefixes.",
+    Reason.RUN_NOT_ALLOWED: "Ask whoever installed the operator to add the prefix to allowedRunPrefixes.",
     Reason.STORE_REVERTED: "Stop, and restore the log: it is shorter or other than what was seen before.",
 }
 

@@ -75,6 +75,8 @@ class Publish(Value):
     term: int
     """The trainer's term; refused once another open or a rollback has raised it."""
     report: SystemStatePacket | None = None
+    imported_from: str | None = None
+    """Where a checkpoint that no trainer of ours wrote was found, and still lies."""
 
 
 class Admit(Value):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
@@ -46,10 +46,12 @@ from leyline.digest import digest_bytes, sha256_hex
 from leyline.store import (
     CHUNK,
     Changed,
+    Damaged,
     Data,
     Exists,
     Head,
     NotFound,
+    NotLent,
     Refused,
     StoreError,
     Unreachable,
@@ -104,7 +106,8 @@ class Credentials:
 class S3Store:
     """One run under `s3://bucket/prefix`. Credentials come from boto3's usual chain, unless they are given.
 
-    `deadline` is how many seconds an operation is retried, with backoff, before it ends in Unreachable.
+    `deadline` is how many seconds an operation is retried, with backoff, before it ends in Unreachable. `may_borrow`
+    says of a URI whether imported checkpoints may lie there; left out: anywhere.
     """
 
     def __init__(
@@ -117,7 +120,13 @@ class S3Store:
         ca_bundle: str | None = None,
         credentials: Credentials | None = None,
         deadline: float = 30.0,
+        largest: int | None = None,
+        may_borrow: Callable[[str], bool] = lambda _: True,
     ) -> None:
+        """`largest`: bytes that `get` reads at most, a larger object is Damaged. `may_borrow`: see open_store."""
+        self._largest = largest
+        self._may_borrow = may_borrow
+        self._borrowed: dict[str, tuple[S3Store, str]] = {}
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._deadline = deadline
@@ -149,21 +158,33 @@ class S3Store:
             yield ancestor
 
     def head(self, key: str) -> Head:
+        if lent := self._borrowed.get(key):
+            return replace(lent[0].head(lent[1]), key=key)
         name = self._name(key)
         answer = self._ask(key, lambda: self._client.head_object(Bucket=self._bucket, Key=name))
         modified = answer["LastModified"].astimezone(UTC)
         return Head(key=key, size=answer["ContentLength"], pin=answer["ETag"], modified=modified)
 
     def get(self, key: str) -> bytes:
+        if lent := self._borrowed.get(key):
+            return lent[0].get(lent[1])
         name = self._name(key)
 
         def read() -> bytes:
-            with closing(self._client.get_object(Bucket=self._bucket, Key=name)["Body"]) as body:
+            answer = self._client.get_object(Bucket=self._bucket, Key=name)
+            with closing(answer["Body"]) as body:
+                if self._largest is not None and answer["ContentLength"] > self._largest:
+                    raise Damaged(
+                        f"{key} in {self.uri} is {answer['ContentLength']:,} bytes; at most {self._largest:,} are read "
+                        "as a whole. Remove it, or write it smaller"
+                    )
                 return body.read()
 
         return self._ask(key, read)
 
     def get_range(self, key: str, start: int, stop: int, *, pin: str | None = None) -> bytes:
+        if lent := self._borrowed.get(key):
+            return lent[0].get_range(lent[1], start, stop, pin=pin)
         name = self._name(key)
         if start == stop:  # HTTP has no empty range
             return b""
@@ -269,6 +290,25 @@ class S3Store:
             lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1),
         )
         return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
+
+    def lender(self, uri: str) -> S3Store:
+        scheme, _, rest = uri.rstrip("/").partition("://")
+        if scheme != "s3":
+            raise StoreError(f"{uri} is in another kind of store than the run {self.uri}; copy it into the run's store")
+        checked_key(rest)
+        if not self._may_borrow(uri):
+            raise NotLent(
+                f"a checkpoint of the run {self.uri} lies at {uri}, which no prefix of allowedRunPrefixes has"
+            )
+        other = copy(self)
+        other._bucket, _, prefix = rest.partition("/")
+        other._prefix = f"{prefix}/" if prefix else ""
+        other._borrowed = {}
+        return other
+
+    def borrow(self, uri: str, keys: Mapping[str, str]) -> None:
+        lender = self.lender(uri)
+        self._borrowed |= {key: (lender, path) for key, path in keys.items()}
 
     def ignored_conditions(self, key: str) -> Iterator[str]:
         """Which conditions the server ignores, tried on `key`, which must exist. For the start-up probe."""

@@ -7,7 +7,7 @@ Keys are relative to the run: "log/0/0.json". An adapter knows its prefix; nobod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -33,6 +33,10 @@ class Exists(StoreError):
 
 class Refused(StoreError):
     """403, a missing or expired credential, a read-only folder. Never a reason to roll back."""
+
+
+class NotLent(Refused):
+    """This run may not read objects there: they lie outside of the prefixes that it is held to."""
 
 
 class Unreachable(StoreError):
@@ -123,6 +127,25 @@ class ObjectStore(Protocol):
 
     def now(self) -> datetime:
         """The store's clock (UTC)."""
+        ...
+
+    def ancestors(self) -> Iterator[ObjectStore]:
+        """The folders above this one: a run in one of them would contain this one."""
+        ...
+
+    def lender(self, uri: str) -> ObjectStore:
+        """Another folder of the same kind of store, reached in the same way: an imported checkpoint lies there.
+
+        StoreError if `uri` is no such folder, NotLent if this run may not read there.
+        """
+        ...
+
+    def borrow(self, uri: str, keys: Mapping[str, str]) -> None:
+        """From now on `head`, `get` and `get_range` find each of `keys` in the lender at `uri`, by its path there.
+
+        Only read_ready calls this, for what a checkpoint's own READY.json says. Nothing else follows: what is written,
+        listed and deleted is always the run's own.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,10 @@ from leyline.model import Value
 
 HOST = "host"
 """The domain of every parameter that belongs to no seed module."""
+
+
+Domain = Annotated[str, Field(min_length=1, max_length=200)]
+"""`host`, or the canonical name of one seed module."""
 
 
 class Kind(StrEnum):
@@ -46,7 +50,7 @@ class Group(Value):
 
     id: str
     kind: Kind
-    domain: str = HOST
+    domain: Domain = HOST
     units: int = Field(ge=1)
     members: tuple[Member, ...] = Field(min_length=1)
     gates: tuple[str, ...] = Field(min_length=1)
@@ -72,7 +76,7 @@ class Parameter(Value):
 
     uuid: str
     shape: tuple[int, ...]
-    domain: str = HOST
+    domain: Domain = HOST
     aliases: tuple[str, ...] = ()
 
     @property

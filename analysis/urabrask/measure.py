@@ -61,9 +61,13 @@ def load_evaluation(store: ObjectStore, base: CheckpointMetadata) -> Evaluation:
     """The program or function with its data. Declined with NoEvaluation where the checkpoint has none."""
     ref = base.evaluation
     if ref is None:
-        raise Declined(
-            Reason.NO_EVALUATION, "evaluation", f"checkpoint {base.name} has no evaluation set; publish one with it"
-        )
+        said = f"checkpoint {base.name} has no evaluation set; publish one with it"
+        if base.imported_from is not None:
+            said = (
+                f"checkpoint {base.name} was imported, and with it comes no evaluation set to judge masks by: load it "
+                "with kasmina (TrainingRun.start on this run) and publish(evaluation=(inputs, classes))"
+            )
+        raise Declined(Reason.NO_EVALUATION, "evaluation", said)
     data = load_set(read_object(store, base, ref.data), name=layout.checkpoint(base.name, ref.data))
     if ref.program is not None:
         name = layout.checkpoint(base.name, ref.program)

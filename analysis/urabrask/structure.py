@@ -6,14 +6,16 @@ not read again. No torch, three chunks of memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kasmina.formats import TensorRef, bind, elements, read_index, read_slots, stream
+from kasmina.formats import Box, TensorRef, bind, elements, read_index, read_slots, stream
+from kasmina.formats.extents import Run
 from kasmina.formats.index import SAFETENSORS, read_header
+from kasmina.formats.zips import Checksums
 from leyline import layout
 from leyline.digest import verified_range
 from leyline.masks import Dead, Masks
@@ -35,17 +37,14 @@ class NotTheBase(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """One tensor in an object, and what must be zero of it."""
+    """A box of one tensor, and what must be zero of it, elements numbered as they lie."""
 
     name: str
-    ref: TensorRef
+    dtype: str
+    box: Box
     dead: Dead | None
     finite: bool
     """Whether NaN and Inf are refused here: parameters, not buffers and not the optimizer's slots."""
-
-    @property
-    def itemsize(self) -> int:
-        return self.ref.nbytes // self.ref.size if self.ref.size else 1
 
 
 def check_bytes(
@@ -77,20 +76,27 @@ def _extents(store: ObjectStore, base: CheckpointMetadata, masks: Masks, topolog
     prefix = layout.checkpoint(base.name)
     index = read_index(store, prefix, base)
     found = [
-        Extent(name=name, ref=ref, dead=masks.dead(name), finite=ref.dtype in _FLOATS)
+        extent
         for name, refs in bind(index, topology).items()
         for ref in refs
+        for extent in _boxed(name, ref, masks.dead(name), finite=ref.dtype in _FLOATS)
     ]
     owners = {alias: name for name, known in topology.parameters.items() for alias in (name, *known.aliases)}
     for key, ref in read_slots(store, prefix, base).items():
         owner, _, slot = key.rpartition("/")
         dead = masks.dead(owners.get(owner, owner))
         if dead is not None and slot != _COUNTER and ref.shape == dead.shape:
-            found.append(Extent(name=key, ref=ref, dead=dead, finite=False))
-    by_object: dict[str, list[Extent]] = {}
-    for extent in sorted(found, key=lambda extent: extent.ref.offset):
-        by_object.setdefault(extent.ref.object, []).append(extent)
-    return by_object
+            found.extend(_boxed(key, ref, dead, finite=False))
+    by_object: dict[str, dict[Box, Extent]] = {}
+    for extent in sorted(found, key=lambda extent: extent.box.offset):  # tied names have one box
+        by_object.setdefault(extent.box.object, {})[extent.box] = extent
+    return {path: list(extents.values()) for path, extents in by_object.items()}
+
+
+def _boxed(name: str, ref: TensorRef, dead: Dead | None, *, finite: bool) -> Iterator[Extent]:
+    for box in ref.boxes:
+        here = dead.within(box.origin, box.shape, box.order) if dead else None
+        yield Extent(name=name, dtype=ref.dtype, box=box, dead=here, finite=finite)
 
 
 @dataclass(frozen=True)
@@ -136,20 +142,27 @@ class _Pair:
                 )
 
     def check(self, extents: Sequence[Extent]) -> None:
-        """Every byte."""
+        """Every byte, and the checksums of what was masked inside an archive."""
+        checksums = Checksums(each.box.record for each in extents if each.dead is not None and each.box.record)
+        said: dict[int, int] = {}
         begin, tail = 0, b""
         for number, chunk in enumerate(self._chunks()):
             end = begin + len(chunk)
-            here = [e for e in extents if e.ref.offset < end and begin < e.ref.offset + e.ref.nbytes]
-            masked = [e for e in here if e.dead is not None and e.dead.touches(*_elements(e, begin, end))]
+            here = [each for each in extents if each.box.offset < end and begin < each.box.stop]
+            masked = [each for each in here if each.dead is not None]
+            checksums.update(chunk, begin)
+            places = {at: chunk[at - begin] for at, _ in checksums.places(begin, end)}
             if self.copy.digest.chunks[number] == self.base.digest.chunks[number]:
                 self._must_be_zero(chunk, begin, masked)
             else:
-                self._must_be_masked(chunk, begin, masked)
+                self._must_be_masked(chunk, begin, masked, places)
             for extent in here:
                 if extent.finite:
                     _must_be_finite(self.base_key, chunk, begin, tail, extent)
+            said |= places
             begin, tail = end, chunk[-8:]
+        if wrong := [at for at, byte in checksums.places(0, begin) if said[at] != byte]:
+            raise NotTheBase(f"{self.key}: byte {wrong[0]:,} is no checksum of what is stored; no loader would take it")
 
     def _chunks(self) -> Iterator[bytes]:
         """The candidate's chunks as the store holds them, each checked against the manifest."""
@@ -161,69 +174,62 @@ class _Pair:
     def _must_be_zero(self, chunk: bytes, begin: int, masked: Sequence[Extent]) -> None:
         data = np.frombuffer(chunk, np.uint8)
         for extent in masked:
-            for at, dead in _dead_bytes(extent, begin, begin + len(chunk)):
+            for at, dead, run in _dead_bytes(extent, begin, begin + len(chunk)):
                 wrong = np.flatnonzero(data[at - begin : at - begin + dead.size].astype(np.bool_) & dead)
                 if wrong.size:
-                    raise NotTheBase(self._not_zero(extent, at + int(wrong[0])))
+                    element = extent.box.element(run.first + (at + int(wrong[0]) - run.start) // extent.box.itemsize)
+                    raise NotTheBase(f"{self.key}: element {list(element)} of {extent.name} is pruned but not zero")
 
-    def _must_be_masked(self, chunk: bytes, begin: int, masked: Sequence[Extent]) -> None:
-        """The chunk must be the base's with zeros where it is pruned."""
+    def _must_be_masked(self, chunk: bytes, begin: int, masked: Sequence[Extent], checksums: Mapping[int, int]) -> None:
+        """The chunk must be the base's with zeros where it is pruned; `checksums`, by byte, are judged at the end."""
         self._must_be_zero(chunk, begin, masked)
         base = verified_range(self.store, self.base_key, self.base.digest, begin, begin + len(chunk))
         expected = bytearray(base)
         del base
         view = np.frombuffer(expected, np.uint8)
         for extent in masked:
-            for at, dead in _dead_bytes(extent, begin, begin + len(chunk)):
+            for at, dead, _ in _dead_bytes(extent, begin, begin + len(chunk)):
                 view[at - begin : at - begin + dead.size][dead] = 0
+        for at, byte in checksums.items():
+            view[at - begin] = byte
         if expected != chunk:
             wrong = begin + int(np.flatnonzero(view != np.frombuffer(chunk, np.uint8))[0])
             raise NotTheBase(f"{self.key} differs from its base at byte {wrong:,}, where no mask prunes anything")
 
-    def _not_zero(self, extent: Extent, byte: int) -> str:
-        element = (byte - extent.ref.offset) // extent.itemsize
-        index = np.unravel_index(element, extent.ref.shape) if extent.ref.shape else ()
-        return f"{self.key}: element {[int(i) for i in index]} of {extent.name} is pruned but not zero"
 
-
-def _elements(extent: Extent, begin: int, end: int) -> tuple[int, int]:
-    """The elements of the tensor that have a byte in [begin, end) of the object."""
-    size = extent.itemsize
-    first = max(begin - extent.ref.offset, 0) // size
-    last = -(-min(end - extent.ref.offset, extent.ref.nbytes) // size)
-    return first, last
-
-
-def _dead_bytes(extent: Extent, begin: int, end: int) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-    """Pieces (first byte in the object, which bytes must be zero) that cover the tensor's part in [begin, end)."""
+def _dead_bytes(extent: Extent, begin: int, end: int) -> Iterator[tuple[int, NDArray[np.bool_], Run]]:
+    """Pieces (first byte in the object, which bytes must be zero) of the box's part in [begin, end), with their run."""
     if extent.dead is None:
         return
-    first, last = _elements(extent, begin, end)
-    for start in range(first, last, _WINDOW):
-        stop = min(start + _WINDOW, last)
-        dead = np.repeat(extent.dead.range(start, stop), extent.itemsize)
-        at = extent.ref.offset + start * extent.itemsize
-        lower, upper = max(at, begin), min(at + dead.size, end)
-        yield lower, dead[lower - at : upper - at]
+    size = extent.box.itemsize
+    for run in extent.box.runs(begin, end):
+        first = max(begin - run.start, 0) // size
+        last = min(-(-(end - run.start) // size), run.size)
+        for start in range(first, last, _WINDOW):
+            stop = min(start + _WINDOW, last)
+            dead = np.repeat(extent.dead.range(run.first + start, run.first + stop), size)
+            at = run.start + start * size
+            lower, upper = max(at, begin), min(at + dead.size, end)
+            yield lower, dead[lower - at : upper - at], run
 
 
 def _must_be_finite(key: str, chunk: bytes, begin: int, tail: bytes, extent: Extent) -> None:
     """Every element that ends in this chunk; one that began in the chunk before has its first bytes in `tail`."""
-    size, offset = extent.itemsize, extent.ref.offset
-    first = max(begin - offset, 0) // size
-    last = (min(begin + len(chunk), offset + extent.ref.nbytes) - offset) // size
-    if first < last and (cut := begin - (offset + first * size)) > 0:
-        _finite(key, extent, tail[-cut:] + chunk[: size - cut], first)
-        first += 1
-    view = memoryview(chunk)
-    for start in range(first, last, _WINDOW):
-        stop = min(start + _WINDOW, last)
-        at = offset + start * size - begin
-        _finite(key, extent, view[at : at + (stop - start) * size], start)
+    size, view = extent.box.itemsize, memoryview(chunk)
+    for run in extent.box.runs(begin, begin + len(chunk)):
+        first = max(begin - run.start, 0) // size
+        last = min((begin + len(chunk) - run.start) // size, run.size)
+        if first < last and (cut := begin - (run.start + first * size)) > 0:
+            _finite(key, extent, tail[-cut:] + chunk[: size - cut], run.first + first)
+            first += 1
+        for start in range(first, last, _WINDOW):
+            stop = min(start + _WINDOW, last)
+            at = run.start + start * size - begin
+            _finite(key, extent, view[at : at + (stop - start) * size], run.first + start)
 
 
 def _finite(key: str, extent: Extent, raw: bytes | memoryview, first: int) -> None:
-    values = elements(raw, extent.ref.dtype)
+    values = elements(raw, extent.dtype)
     wrong = np.flatnonzero(~np.isfinite(values))
     if wrong.size:
         raise Malformed(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kasmina.formats import TensorRef, read_index, stream
+from kasmina.formats import Chunks, TensorRef, gather, read_index, stream
 from leyline import layout
 from leyline.masks import Masks
 from leyline.messages import CheckpointMetadata, StoredObject
@@ -64,9 +64,10 @@ def _read(
     store: ObjectStore, prefix: str, stored: Mapping[str, StoredObject], refs: Mapping[str, TensorRef]
 ) -> dict[str, bytearray]:
     """The bytes of each tensor."""
-    raw = {name: bytearray(ref.nbytes) for name, ref in refs.items()}
-    for path in sorted({ref.object for ref in refs.values()}):
-        inside = sorted(((r.offset, n) for n, r in refs.items() if r.object == path))
+    whole = {name: ref.whole for name, ref in refs.items()}
+    raw = {name: bytearray(refs[name].nbytes) for name, box in whole.items() if box}
+    for path in sorted({box.object for box in whole.values() if box}):
+        inside = sorted((box.offset, name) for name, box in whole.items() if box and box.object == path)
         begin = 0
         for chunk in stream(store, prefix + path, stored[path].digest):
             end = begin + len(chunk)
@@ -75,6 +76,9 @@ def _read(
                 if start < stop:
                     raw[name][start - offset : stop - offset] = memoryview(chunk)[start - begin : stop - begin]
             begin = end
+    chunks = Chunks(store, prefix, {path: one.digest for path, one in stored.items()}, {})
+    for name in sorted((n for n, box in whole.items() if not box), key=lambda n: refs[n].object):
+        raw[name] = bytearray(gather(refs[name], 0, refs[name].size, chunks.read))
     return raw
 
 

@@ -94,9 +94,9 @@ def conclude(s: Snapshot, observer: Observer, *, method: str, fallback: str = ""
     used = {
         request.id: answer.message.result
         for earlier in ("histogram", "refine")
-        for request, answer in answers(observer, earlier)
+        for request, answer in answers(observer, earlier, arrays=False)
     }
-    return decide_basic(case, shares, answers(observer, "select"), used=used, fallback=fallback)
+    return decide_basic(case, shares, answers(observer, "select", arrays=False), used=used, fallback=fallback)
 
 
 def forced(s: Snapshot, observer: Observer) -> Decision:
@@ -129,10 +129,10 @@ def forced(s: Snapshot, observer: Observer) -> Decision:
     return decision
 
 
-def answers(observer: Observer, method: str) -> Answers:
-    """Every request of a round with the answer that counts."""
+def answers(observer: Observer, method: str, *, arrays: bool = True) -> Answers:
+    """Every request of a round with the answer that counts; without `arrays` with their names alone."""
     number = ROUND[method]  # type: ignore[index]
-    return tuple(zip(observer.requests(number).requests, observer.counted(number), strict=True))
+    return tuple(zip(observer.requests(number).requests, observer.counted(number, arrays=arrays), strict=True))
 
 
 def _arrays(observer: Observer, method: str) -> Mapping[str, NDArray[Any]]:

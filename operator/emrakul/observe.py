@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
+
+import numpy as np
 
 from emrakul.core.snapshot import Ask, Job, OnBase, Phase, Round, Snapshot
 from emrakul.finding import Finding
@@ -29,9 +31,12 @@ from leyline.ready import read_ready
 from leyline.reasons import Reason
 from leyline.records import Admit, Kind, Record
 from leyline.report import newest_report
-from leyline.store import Damaged, Head, NotFound, ObjectStore
+from leyline.store import Damaged, Head, NotFound, NotLent, ObjectStore
 from leyline.topology import Topology, coverage
 from leyline.verdict import open_verdict
+
+TOPOLOGY_BYTES = 64 * 1024 * 1024
+_NO_ARRAY = np.zeros(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +103,6 @@ class Observer:
                 pair=pair,
                 live_quiet_since=self._quiet_since(tail.state),
                 live_settings=Settings.model_validate(other.settings) if other else None,
-                live_operator=other.operator_class if other else "",
                 ready=base.metadata,
                 groups=base.groups,
                 coverage=base.coverage,
@@ -126,6 +130,8 @@ class Observer:
     def topology(self, metadata: CheckpointMetadata) -> Topology:
         stored = metadata.object(metadata.topology)
         key = layout.checkpoint(metadata.name, stored.path)
+        if stored.digest.size > TOPOLOGY_BYTES:
+            raise Malformed(f"{key} is {stored.digest.size:,} bytes; more than {TOPOLOGY_BYTES:,} is no topology")
         return Topology.parse(verified_range(self.store, key, stored.digest, 0, stored.digest.size), name=key)
 
     def requests(self, round_: int) -> Requests:
@@ -134,8 +140,11 @@ class Observer:
     def decision(self) -> Decision:
         return self._read(("decision",))  # type: ignore[return-value]
 
-    def counted(self, round_: int) -> tuple[answers.Answer, ...]:
-        """The answer that counts for every request of a round, in the requests' order."""
+    def counted(self, round_: int, *, arrays: bool = True) -> tuple[answers.Answer, ...]:
+        """The answer that counts for every request of a round, in the requests' order.
+
+        Without `arrays` only their names are kept: the masks of a large model are read one answer at a time.
+        """
         found = []
         wanted = self.requests(round_)
         for request in wanted.requests:
@@ -143,7 +152,7 @@ class Observer:
             chosen = answers.majority(valid, wanted.limits.replicas).answer
             if chosen is None:
                 raise Malformed(f"request {request.id} of cycle {self.cycle} has no answer that counts")
-            found.append(chosen)
+            found.append(chosen if arrays else replace(chosen, arrays=dict.fromkeys(chosen.arrays, _NO_ARRAY)))
         return tuple(found)
 
     def digest(self, key: str) -> str:
@@ -206,6 +215,8 @@ class Observer:
                 _check_size(self.store, name, stored.path, stored.digest.size)
         except Untrusted as error:
             return Checkpoint(unusable=Finding(Reason.UNTRUSTED, str(error)))
+        except NotLent as error:
+            return Checkpoint(unusable=Finding(Reason.RUN_NOT_ALLOWED, str(error)))
         except (Malformed, Damaged, NotFound) as error:
             return Checkpoint(unusable=Finding(Reason.INVALID_INPUT, str(error)))
         return Checkpoint(metadata=metadata, groups=len(topology.groups), coverage=coverage(topology))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Literal
 
 from emrakul.rollback import NoAnswer, Validate
@@ -63,7 +64,7 @@ def recover(
         return kept
     assert isinstance(rollback.body, Rollback)
     records, state = _state(log)
-    model = _model(rollback.body.to, rollback.checkpoint or "", validate)
+    model = _kept_model(store, rollback, validate)
     training = _training(rollback, records, _reports(store, rollback.term))
     telemetry = _telemetry(log.tail().state, count(records) if counted is None else counted)
     found = Recovery(rollback=rollback.n, to=rollback.body.to, looks=(state, model, training, telemetry))
@@ -110,6 +111,20 @@ def _state(log: Log) -> tuple[list[Record], Look]:
     return records, Look(
         name="state", outcome="passed", message=f"records 0 to {tail.record.n} add up to the run's state"
     )
+
+
+def _kept_model(store: ObjectStore, rollback: Record, validate: Validate) -> Look:
+    """As the validator said it once: the trainer may take weeks to come back, and the pair does not change."""
+    assert isinstance(rollback.body, Rollback)
+    key = layout.recovery_model(rollback.n)
+    try:
+        return Look.parse(store.get(key), name=key)
+    except NotFound:
+        look = _model(rollback.body.to, rollback.checkpoint or "", validate)
+    if look.outcome != "pending":
+        with suppress(Exists):
+            store.put_if_absent(key, look.canonical())
+    return look
 
 
 def _model(record: int, checkpoint: str, validate: Validate) -> Look:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from api.apiclient import CYCLES, EVENTS, JOBS, Body
 from api.jobs import arguments, fail, run_workers, start_time
 from api.stage import SETTINGS, Stage, condition
+from emrakul.control import Controller
+from emrakul.core.snapshot import Ask, Job
+from emrakul.settings import Settings
 from leyline import layout
+from leyline.log import Log
 from leyline.records import Kind
 from leyline.store import ObjectStore
 
@@ -191,6 +195,39 @@ def test_a_policys_waiting_cycle_is_overtaken_and_a_persons_is_not(stage: Stage)
     stage.wait(lambda: all(one["status"].get("outcome") for one in stage.cycles()))
     admitted = [record.body.resource.split("/")[1] for record in stage.records() if record.kind is Kind.ADMIT]
     assert sorted(admitted) == ["by-hand", "first", "newer"]
+
+
+def test_a_cycle_of_another_runtime_that_nobody_drives_is_not_waited_for_for_ever(stage: Stage) -> None:
+    """As `emrakul run` leaves it when its machine is gone. Only the policy is there to notice."""
+    settings = {"startup_timeout": 1, "checkpoint_analysis_timeout": 1, "validation_timeout": 1}
+    local = Ask(base=2, settings=Settings.model_validate(settings), runtime="local")
+    Controller(stage.store, Log(stage.store), local, lambda _: Nobody()).step()
+    assert stage.records()[-1].kind is Kind.ADMIT
+    stage.begin()
+    stage.policy()
+    stage.trains_on(200)
+    stage.wait(lambda: "Committed" in outcomes(stage), seconds=240)
+    ends = [(record.body.outcome, record.reason) for record in stage.records() if hasattr(record.body, "outcome")]
+    assert ends == [("Skipped", "Abandoned"), ("Committed", "Pruned")]
+
+
+def outcomes(stage: Stage) -> set[str | None]:
+    return {(one.get("status") or {}).get("outcome") for one in stage.cycles()}
+
+
+class Nobody:
+    """A runtime that never starts anything."""
+
+    name = "local"
+
+    def start(self, *_: object, **__: object) -> None:
+        pass
+
+    def jobs(self) -> tuple[Job, ...]:
+        return ()
+
+    def stop(self, *_: object) -> None:
+        pass
 
 
 # --- what the cluster does to Jobs ------------------------------------------------------------------------------------

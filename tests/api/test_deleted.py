@@ -13,7 +13,11 @@ from api.stage import SETTINGS, Stage, condition
 from charts import needs_helm
 from cluster.alone import controllers
 from cluster.apiserver import ApiServer
+from emrakul.api import labels
+from emrakul.api.policy import PolicySpec
+from emrakul.asking import ask_for
 from emrakul.cluster.main import LISTING_SECONDS
+from emrakul.control import name_of
 from leyline import layout
 from leyline.records import Kind
 
@@ -79,6 +83,27 @@ def test_a_deleted_policys_cycle_finishes_and_none_begins(stage: Stage) -> None:
     assert len(stage.cycles()) == made
 
 
+def test_a_policy_deleted_and_applied_again_gets_the_cycle_that_waited(stage: Stage) -> None:
+    """What the old policy's resource never began stands in nobody's way, although it has the name."""
+    stage.jobs.hold = lambda job: job["metadata"]["labels"]["emrakul.dev/cycle"] == "first"
+    stage.begin(defaults={"store": stage.store_spec, "settings": {**SETTINGS}})
+    stage.cycle("first")
+    stage.launched("analyse")
+    stage.trains_on(200)
+    newest = stage.records()[-1].n
+    spec = PolicySpec.model_validate(stage.policy()["spec"])
+    ask = ask_for(newest, spec, store=stage.store, runtime="kubernetes")
+    name = labels.cycle_name("digits", name_of(ask))
+    stage.made_by("digits", name, base=newest)
+    stage.reached("Waiting", name)
+    stage.api.delete(POLICIES, stage.namespace, "digits")
+    stage.api.patch(CYCLES, stage.namespace, name, {"metadata": {"labels": {"seen": "yes"}}})
+    stage.reached("Skipped", name)
+    stage.policy()
+    stage.api.delete(CYCLES, stage.namespace, "first")
+    stage.wait(lambda: stage.status(name).get("outcome") == "Committed", seconds=SECOND_LOOK)
+
+
 def test_a_policy_deleted_after_the_admission_that_no_status_tells(stage: Stage, server: ApiServer) -> None:
     """The operator is gone between the log's record and the status of it: the log says that the cycle has begun."""
     stage.jobs.hold = lambda _: True
@@ -131,6 +156,21 @@ def test_a_cycle_that_was_refused_is_not_made_again_when_its_time_is_over(stage:
     assert len(stage.cycles()) == 1
 
 
+def test_a_paused_cycle_stays_whatever_the_history_limit(stage: Stage) -> None:
+    stage.begin()
+    stage.policy(historyLimit=5)
+    stage.reached("Committed")
+    (name,) = [one["metadata"]["name"] for one in stage.cycles()]
+    paused = {"metadata": {"annotations": {"emrakul.dev/reconcile": "disabled"}}}
+    stage.api.patch(CYCLES, stage.namespace, name, paused)
+    stage.change(POLICIES, "digits", historyLimit=0)
+    stage.operator.kill()
+    stage.operator.start()  # history is looked at once a minute, and at the start
+    stage.trains_on(200)
+    stage.wait(lambda: len(stage.cycles()) > 1)
+    assert name in {one["metadata"]["name"] for one in stage.cycles()}
+
+
 def test_a_cycle_goes_after_its_time_once_its_record_was_read_back(stage: Stage) -> None:
     stage.begin()
     stage.policy(ttlSecondsAfterFinished=5)
@@ -139,7 +179,8 @@ def test_a_cycle_goes_after_its_time_once_its_record_was_read_back(stage: Stage)
     record = stage.store.get(key)
     stage.store.delete(key)
     log = stage.operator.log
-    stage.wait(lambda: f"log/0/{status['record']}" in log.read_text(), seconds=30)
+    gone = (f"log/0/{status['record']}", f"record {status['record']} was seen before and is gone")
+    stage.wait(lambda: any(what in log.read_text() for what in gone), seconds=30)
     assert stage.status()["outcome"] == "Committed", "the record is not there: the resource is all that is left"
     stage.store.put_if_absent(key, record)
     stage.wait(lambda: not stage.cycles(), seconds=90)

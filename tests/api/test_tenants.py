@@ -34,13 +34,13 @@ def test_a_foreign_prefix_is_refused(stage: Stage) -> None:
     status = stage.wait(lambda: stage.status("foreign", kind=POLICIES))
     ready = condition(status, "Ready")
     assert (ready["status"], ready["reason"]) == ("False", "RunNotAllowed")
-    assert "add the run's prefix to allowedRunPrefixes" in status["message"]
+    assert "add the prefix to allowedRunPrefixes" in status["message"]
 
     stage.cycle("foreign", checkpoint=f"{other}/checkpoints/100-1-dbbaeb45")
     status = stage.reached("Failed", "foreign")
     assert status["reason"] == "RunNotAllowed"
     assert f"namespace {stage.namespace} may not name the run {other}" in status["message"]
-    assert "Ask whoever installed the operator to add the run's prefix to allowedRunPrefixes" in status["message"]
+    assert "Ask whoever installed the operator to add the prefix to allowedRunPrefixes" in status["message"]
 
     stage.policy()
     stage.wait(lambda: any((c.get("status") or {}).get("outcome") == "Committed" for c in stage.cycles()))
@@ -107,8 +107,8 @@ def test_a_rotated_secret_is_used_and_the_old_connection_let_go(stage: Stage, mo
 
     async def rotate() -> tuple[int, int]:
         kube = await Kube.connect()
+        runs = Runs(kube, OperatorConfig(images=Images(worker="w", validator="v")))
         try:
-            runs = Runs(kube, OperatorConfig(images=Images(worker="w", validator="v")))
             spec = {**stage.store_spec, "caBundleRef": {"name": "s3", "key": "ca.crt"}}
             wanted = Access(namespace=stage.namespace, run=stage.run, store=StoreSpec.model_validate(spec))
             sizes, before = [], None
@@ -123,6 +123,7 @@ def test_a_rotated_secret_is_used_and_the_old_connection_let_go(stage: Stage, mo
                 sizes.append(memory())
             return sizes[9], sizes[-1]
         finally:
+            runs.close()
             await kube.close()
 
     early, late = asyncio.run(rotate())

@@ -49,7 +49,7 @@ def built(target: str) -> str:
     if not _exists(name):
         with _told(name):
             arguments = (f"--build-arg=BASE_IMAGE={base}", f"--target={target}", *_certificates())
-            _bud("--layers", *arguments, f"--tag={name}", str(ROOT))
+            _bud(*arguments, f"--tag={name}", str(ROOT))
     return name
 
 
@@ -80,8 +80,8 @@ def _debian(folder: Path) -> None:
 
 
 def _bud(*arguments: str, input: str | None = None) -> None:
-    # --force-rm: or a build that fails leaves its containers, and they stay mounted
-    options = ("--quiet", "--isolation=chroot", "--force-rm")
+    # --force-rm: or a build that fails leaves its containers, and they stay mounted; it is only taken with --layers
+    options = ("--quiet", "--isolation=chroot", "--layers", "--force-rm")
     output(*BUILDAH, "bud", *options, *arguments, input=input, seconds=_SECONDS)
 
 

@@ -99,8 +99,8 @@ def test_killed_worker_pods_are_replaced(tenant: Tenant) -> None:
     tenant.apply(policy(tenant.store, settings={"analysisParallelWorkers": 1}, podOverrides=SLOW))
     name = tenant.cycle()
     for phase in ("analyse", "validate"):
-        pod = tenant.until(f"a pod for {phase} runs", partial(running, tenant, phase))[0]
-        tenant.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
+        pod = tenant.until(f"a pod for {phase} runs", partial(running, tenant, phase), seconds=240)[0]
+        tenant.kubectl("delete", "pod", pod, "--grace-period=1")  # by force it would go on for its own five
 
     assert outcome(tenant.ended(name)) == "Committed/Pruned"
     assert len(tenant.records(Prune)) == 1

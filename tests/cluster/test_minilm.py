@@ -44,21 +44,31 @@ def test_eight_lines_are_a_cycle(minilm: LocalStore, new_tenant: Callable[..., T
     assert tip is not None
     text = EIGHT_LINES.format(namespace=tenant.namespace, checkpoint=f"{tenant.store.uri}/checkpoints/{tip.checkpoint}")
     assert len(text.splitlines()) <= 8
-    tenant.kubectl("apply", "--filename=-", input=text)
-    status = tenant.ended("first", seconds=600)
+    tell(tenant, "apply", "--filename=-", input=text)
+    tenant.until("it analyses", lambda: tenant.get("pruningcycle", "first").get("status", {}).get("progress"))
+    tell(tenant, "get", "pruningcycles")
+    tell(tenant, "wait", "pruningcycle/first", "--for=condition=Complete", "--timeout=10m")
+    status = tenant.ended("first", seconds=10)
 
     assert (status["outcome"], status["reason"]) == ("ValidatedOnly", "CheckpointPruningDisabled")
     assert "enableCheckpointPruning" in status["message"]
     assert status["counts"]["channel"] > 0
     assert tenant.log.tail().state.tip == tip.record
 
-    row = columns(tenant.kubectl("get", "pruningcycles"))
+    row = columns(tell(tenant, "get", "pruningcycles"))
     assert row["NAME"] == "first" and row["STATE"] == "ValidatedOnly"
     assert row["CHECKPOINT"] == tip.checkpoint
     assert re.fullmatch(r"\d+/\d+ .*", row["PRUNED"])
-    described = tenant.kubectl("describe", "pruningcycle", "first")
+    described = tell(tenant, "describe", "pruningcycle", "first")
     assert "Complete" in described and "Events:" in described
-    assert "A checkpoint's name" in tenant.kubectl("explain", "pruningcycle.spec.checkpoint")
+    assert "A checkpoint's name" in tell(tenant, "explain", "pruningcycle.spec.checkpoint")
+
+
+def tell(tenant: Tenant, *arguments: str, input: str | None = None) -> str:
+    """Run kubectl, and show what it says: the README's session is this test's (`-s`)."""
+    said = tenant.kubectl(*arguments, input=input, seconds=660)
+    print(f"$ kubectl {' '.join(arguments)}\n{said}")
+    return said
 
 
 def columns(table: str) -> dict[str, str]:

@@ -197,3 +197,20 @@ def test_a_verified_range_names_the_damaged_chunk(store: ObjectStore) -> None:
     assert verified_range(store, "bad", digest, 0, CHUNK) == chunks[0]
     with pytest.raises(Damaged, match=r"bad in .*chunk 1 of 3"):
         verified_range(store, "bad", digest, CHUNK - 1, CHUNK + 1)
+
+
+def test_what_is_borrowed_is_read_where_it_lies_and_never_written_or_deleted(store: ObjectStore) -> None:
+    lender = store.lender(f"{store.uri}-lender")
+    lender.put_if_absent("deep/model", b"theirs")
+    store.borrow(lender.uri, {"checkpoints/a/model": "deep/model"})
+    head = store.head("checkpoints/a/model")
+    assert (head.key, head.size) == ("checkpoints/a/model", 6)
+    assert store.get("checkpoints/a/model") == b"theirs"
+    assert store.get_range("checkpoints/a/model", 2, 4, pin=head.pin) == b"ei"
+    assert keys(store) == []
+    store.delete("checkpoints/a/model")
+    assert lender.get("deep/model") == b"theirs"
+    with pytest.raises(Changed):
+        store.get_range("checkpoints/a/model", 0, 6, pin=f"{head.pin[:-1]}-")
+    with pytest.raises(StoreError, match="another kind of store"):
+        store.borrow("gs://elsewhere", {})

@@ -11,7 +11,7 @@ import pytest
 from faults import Faults
 from leyline.open import open_store, probe
 from leyline.s3 import Credentials, S3Store
-from leyline.store import CHUNK, Exists, NotFound, Refused, StoreError, Unreachable, Unsuitable
+from leyline.store import CHUNK, Damaged, Exists, NotFound, Refused, StoreError, Unreachable, Unsuitable
 from servers import S3Server, free_ports, rclone
 
 CHUNKS = [b"1" * CHUNK, b"2"]
@@ -21,6 +21,16 @@ def uploads(store: S3Store) -> int:
     """Multipart uploads that are begun and neither completed nor aborted."""
     found = store._client.list_multipart_uploads(Bucket=store._bucket, Prefix=store._prefix)
     return len(found.get("Uploads", []))
+
+
+def test_what_is_larger_than_is_read_as_a_whole_is_damaged(s3: S3Store) -> None:
+    s3.put_if_absent("big", b"x" * 1001)
+    s3.put_if_absent("fits", b"x" * 1000)
+    bucket, _, prefix = s3.uri.removeprefix("s3://").partition("/")
+    bounded = S3Store(bucket, prefix, largest=1000)
+    assert len(bounded.get("fits")) == 1000
+    with pytest.raises(Damaged, match=r"big in .* is 1,001 bytes; at most 1,000 are read as a whole"):
+        bounded.get("big")
 
 
 def test_a_lost_response_of_a_put_is_repaired(s3: S3Store, faults: Faults) -> None:

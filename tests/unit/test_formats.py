@@ -48,12 +48,14 @@ def test_the_extents_of_a_checkpoint_hold_its_tensors(store: LocalStore, shards:
     assert set(index) == set(run.weights)
     for name, ref in index.items():
         digest = run.metadata.object(ref.object).digest
-        raw = verified_range(store, run.prefix + ref.object, digest, ref.offset, ref.offset + ref.nbytes, ref.pin)
+        box = ref.whole
+        assert box is not None
+        raw = verified_range(store, run.prefix + ref.object, digest, box.offset, box.offset + ref.nbytes, box.pin)
         expected = run.weights[name]
         assert (ref.dtype, ref.shape, raw) == (expected.dtype, expected.shape, expected.raw)
         assert ref.size * ITEMSIZE[ref.dtype] == len(raw)
-    assert index["conv1.weight"].strides == (27, 9, 3, 1)
-    assert index["scale"].strides == ()
+    assert index["conv1.weight"].boxes[0].strides == (27, 9, 3, 1)
+    assert index["scale"].boxes[0].strides == ()
     assert index["empty"].nbytes == 0
 
 

@@ -64,7 +64,7 @@ def test_it_says_how_it_is(health: Health, clock: Clock) -> None:
     health.metrics.trainer(12.0, None)
     health.heard()
     clock.now += 7
-    health.store_answered("s3://a/one")
+    health.store_said("s3://a/one")
 
     async def test(ask: Ask) -> None:
         status, found = await ask("/health/emrakul")
@@ -74,6 +74,7 @@ def test_it_says_how_it_is(health: Health, clock: Clock) -> None:
             "operatorClass": "gpu",
             "ready": True,
             "message": None,
+            "leftOut": [],
             "liveCycles": 3,
             "store": {"reachable": True, "answering": 1, "failing": 0, "lastError": None, "since": None},
             "watch": {"deaf": False, "lastEventSeconds": 7.0},
@@ -101,10 +102,10 @@ def test_it_is_not_ready_before_the_first_listing() -> None:
 
 def test_a_store_that_is_away_makes_it_unready_and_never_dead(health: Health, clock: Clock) -> None:
     async def test(ask: Ask) -> None:
-        health.store_answered("s3://a/one")
-        health.store_failed("s3://a/one", DOWN)
+        health.store_said("s3://a/one")
+        health.store_said("s3://a/one", DOWN)
         clock.now += 60
-        health.store_failed("s3://a/one", DOWN)
+        health.store_said("s3://a/one", DOWN)
         assert await ask("/readyz") == (503, "no store answers: https://store.example: no answer\n")
         assert await ask("/healthz") == (200, "ok\n")
         _, found = await ask("/health/emrakul")
@@ -116,7 +117,7 @@ def test_a_store_that_is_away_makes_it_unready_and_never_dead(health: Health, cl
             "lastError": "https://store.example: no answer",
             "since": "1970-01-01T00:16:40+00:00",
         }
-        health.store_answered("s3://a/one")
+        health.store_said("s3://a/one")
         assert await ask("/readyz") == (200, "ok\n")
 
     served(health, test)
@@ -124,14 +125,14 @@ def test_a_store_that_is_away_makes_it_unready_and_never_dead(health: Health, cl
 
 @pytest.mark.parametrize("error", [NotFound("log/0/3.json does not exist"), StoreReverted("record 3 is gone")])
 def test_a_store_that_says_what_it_lacks_does_answer(health: Health, error: StoreError) -> None:
-    health.store_failed("s3://a/one", DOWN)
-    health.store_failed("s3://a/one", error)
+    health.store_said("s3://a/one", DOWN)
+    health.store_said("s3://a/one", error)
     assert health.unready is None
 
 
 def test_one_tenants_store_is_not_everybodys(health: Health) -> None:
-    health.store_answered("s3://a/one")
-    health.store_failed("s3://b/two", DOWN)
+    health.store_said("s3://a/one")
+    health.store_said("s3://b/two", DOWN)
     assert health.unready is None
     found = health.report()["store"]
     assert (found["reachable"], found["answering"], found["failing"]) == (True, 1, 1)
@@ -139,8 +140,8 @@ def test_one_tenants_store_is_not_everybodys(health: Health) -> None:
 
 
 def test_a_store_that_nobody_asks_any_more_says_nothing(health: Health, clock: Clock) -> None:
-    health.store_failed("s3://a/gone", DOWN)
-    health.store_answered("s3://b/idle")
+    health.store_said("s3://a/gone", DOWN)
+    health.store_said("s3://b/idle")
     clock.now += 299
     assert health.report()["store"]["failing"] == 1
     clock.now += 2

@@ -36,6 +36,10 @@ class TestWhichLaunch:
         job = make.seen(make.job(queue="gpus"), suspend=False, startTime="2026-01-01T12:30:00Z", active=4, ready=4)
         assert job_of(job).created == NOON.replace(minute=30)
 
+    def test_a_queue_may_hold_it_back_again_and_again(self) -> None:
+        assert job_of(make.seen(make.job(queue="gpus"))).queued
+        assert not job_of(make.seen(make.job())).queued
+
 
 class TestRunning:
     @pytest.mark.parametrize("kind", ["Complete", "Failed"])

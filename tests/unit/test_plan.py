@@ -55,6 +55,15 @@ class TestAdmission:
         assert isinstance(found[0], plan.Abandon)
         assert found[0].finding.reason is Reason.ABANDONED
 
+    def test_one_that_the_same_operator_drives_is_waited_for_however_long(self) -> None:
+        found = planned(
+            ask=replace(make.snapshot().ask, live_is_driven=True),
+            admitted=None,
+            state=_other_live(),
+            live_quiet_since=NOW - make.seconds(3600),
+        )
+        assert found.actions == ()
+
     def test_a_provisional_base_is_not_even_admitted(self) -> None:
         masks = MaskRef(path="m", digest="0" * 64)
         found = planned(admitted=None, state=make.state(live=None), pair=make.pair(provisional=True, masks=masks))
@@ -100,6 +109,13 @@ class TestAnalysis:
 
     def test_workers_are_started_for_a_round(self) -> None:
         assert action(rounds=(make.round_(answered=0),)) == plan.Launch(Phase.ANALYSE, 0, 0)
+
+    def test_what_a_queue_takes_back_gets_its_whole_time_again(self) -> None:
+        marks = {(Phase.ANALYSE, 0): NOW - make.seconds(3600)}
+        jobs = (make.job(Phase.ANALYSE, 0, created=NOW - make.seconds(5), queued=True),)
+        assert planned(rounds=(make.round_(answered=1),), jobs=jobs, marks=marks).actions == ()
+        jobs = (make.job(Phase.ANALYSE, 0, created=NOW - make.seconds(301), queued=True),)
+        assert finding(rounds=(make.round_(answered=1),), jobs=jobs, marks=marks).reason is Reason.ANALYSIS_TIMEOUT
 
     def test_a_restarted_operator_begins_a_launch_of_its_own(self) -> None:
         marks = {(Phase.ANALYSE, 0): NOW - make.seconds(500)}

@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint lies: safetensors, single or sharded with an index. Headers only, no data.
+"""Where every tensor of a checkpoint lies, in any format. Headers only, no data.
 
 A header is read by range and not by chunk, so it is not yet proven by a digest. Who reads the data under the same pin
 and checks its chunks proves the header too; nothing is written to a run before that.
@@ -7,14 +7,18 @@ and checks its chunks proves the header too; nothing is written to a run before 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from posixpath import dirname, join
 from typing import Any
 
+from kasmina.formats.blocks import Bytes
+from kasmina.formats.dcp import METADATA, read_dcp
+from kasmina.formats.elements import zero_is_zero_byte
+from kasmina.formats.extents import Box, TensorRef, c_strides
+from kasmina.formats.torch_zip import read_torch
 from leyline.digest import verified_range
 from leyline.ids import canonical_name
-from leyline.messages import CheckpointMetadata, StoredObject
+from leyline.messages import CheckpointMetadata, Format, StoredObject
 from leyline.model import Malformed
 from leyline.store import Changed, Head, NotFound, ObjectStore
 from leyline.tensors import ITEMSIZE, MAX_HEADER, Entry, header_length, parse_header
@@ -27,28 +31,6 @@ _FIRST = 256 * 1024
 """Bytes of the first read: most headers fit."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorRef:
-    """Where one tensor lies: bytes [offset, offset + nbytes) of `object`, in C order, little-endian."""
-
-    dtype: str
-    """In the format's words: F32, BF16, ..."""
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """In elements."""
-    object: str
-    """Path in the checkpoint's folder, as in READY.json."""
-    offset: int
-    nbytes: int
-    pin: str
-    """The object's content when its header was read; read the data under the same."""
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.nbytes // ITEMSIZE[self.dtype]
-
-
 def read_index(store: ObjectStore, prefix: str, metadata: CheckpointMetadata) -> dict[str, TensorRef]:
     """Every tensor of the weights by canonical name, in the order of objects and offsets.
 
@@ -56,18 +38,55 @@ def read_index(store: ObjectStore, prefix: str, metadata: CheckpointMetadata) ->
     All objects that the metadata lists must stand there in their sizes. Malformed names the object and the rule.
     """
     heads = check_objects(store, prefix, metadata)
-    index = [path for path in metadata.weights if path.endswith(INDEX)]
-    shards = [path for path in metadata.weights if path not in index]
-    sharded = metadata.format == "safetensors-sharded"
-    if len(index) != sharded or (not sharded and len(shards) != 1):
+
+    def small(path: str) -> bytes:
+        digest = metadata.object(path).digest
+        return verified_range(store, prefix + path, digest, 0, digest.size)
+
+    named = {path: heads[path] for path in metadata.weights}
+    return read_tensors(store, prefix, metadata.format, named, small)
+
+
+def read_tensors(
+    store: ObjectStore, prefix: str, form: Format, heads: Mapping[str, Head], small: Callable[[str], bytes]
+) -> dict[str, TensorRef]:
+    """Every tensor of the weights by canonical name. `heads`: the objects by path; `small` reads a whole small one."""
+    index = [path for path in heads if path.endswith(METADATA if form == "dcp" else INDEX)]
+    shards = [path for path in heads if path not in index]
+    indexed = form not in ("safetensors", "torch-zip")
+    if len(index) != indexed or (not indexed and len(shards) != 1):
         raise Malformed(
-            f"checkpoint {metadata.name} of format {metadata.format} lists {len(index)} index and {len(shards)} weight "
-            "objects; expected is one object, or one index with its shards. Publish it again"
+            f"{prefix} of format {form} lists {len(index)} index and {len(shards)} weight objects; expected is one "
+            f"object, or one index with its shards ({METADATA} is a distributed checkpoint's). Publish it again"
         )
-    headers = {path: read_header(store, prefix, path, heads[path]) for path in shards}
-    if sharded:
-        _check_index(_weight_map(store, prefix, metadata.object(index[0])), headers, index[0])
-    return _by_canonical_name(headers, heads)
+    for path in index:
+        if heads[path].size > MAX_HEADER:
+            raise Malformed(f"{path} is {heads[path].size:,} bytes long; more than {MAX_HEADER:,} is refused")
+    if form == "dcp":
+        sources = {path: (Bytes(store, prefix + path, heads[path]), heads[path].pin) for path in shards}
+        return _by_canonical_name({"": read_dcp(small(index[0]), index[0], sources)})
+    headers = {path: _read_object(store, prefix, path, heads[path]) for path in shards}
+    if indexed:
+        _check_index(weight_map(small(index[0]), index[0]), headers, index[0])
+    return _by_canonical_name(headers)
+
+
+def _read_object(store: ObjectStore, prefix: str, path: str, head: Head) -> dict[str, TensorRef]:
+    if path.endswith(SAFETENSORS):
+        header = read_header(store, prefix, path, head)
+        return {name: _in_one_piece(entry, path, head.pin) for name, entry in header.items()}
+    source = Bytes(store, prefix + path, head)
+    refuse_legacy(source.read(0, min(2, head.size)), prefix + path)
+    return read_torch(source, 0, head.size, path, head.pin, name=prefix + path)
+
+
+def refuse_legacy(first: bytes, name: str) -> None:
+    """Malformed for what torch.save wrote before 1.6: pickles one after the other, and no place of any tensor."""
+    if first[:1] == b"\x80":
+        raise Malformed(
+            f"{name} is a pickle as torch.save wrote them before 1.6, which is not read in place; convert it once: "
+            "emrakul convert SOURCE TARGET"
+        )
 
 
 def read_slots(store: ObjectStore, prefix: str, metadata: CheckpointMetadata) -> dict[str, TensorRef]:
@@ -76,7 +95,8 @@ def read_slots(store: ObjectStore, prefix: str, metadata: CheckpointMetadata) ->
         return {}
     head = _head(store, prefix, metadata.object(metadata.optimizer), metadata.name)
     header = read_header(store, prefix, metadata.optimizer, head)
-    return _by_canonical_name({metadata.optimizer: header}, {metadata.optimizer: head})
+    refs = {name: _in_one_piece(entry, metadata.optimizer, head.pin) for name, entry in header.items()}
+    return _by_canonical_name({metadata.optimizer: refs})
 
 
 def read_header(store: ObjectStore, prefix: str, path: str, head: Head) -> dict[str, Entry]:
@@ -110,6 +130,16 @@ def bind(index: Mapping[str, TensorRef], topology: Topology) -> dict[str, tuple[
                     f"{ref.object}: {name} has shape {list(ref.shape)}, the topology says {list(parameter.shape)}; "
                     "publish both from one model"
                 )
+            if not zero_is_zero_byte(ref.dtype):
+                raise Malformed(
+                    f"{ref.object}: {name} has dtype {ref.dtype}, whose zero is not the zero byte, so that nothing of "
+                    "it can be masked; save it in another dtype"
+                )
+            if ref.shared:
+                raise Malformed(
+                    f"{ref.object}: {name} shares some of its bytes with {ref.shared}, so that masking it would change "
+                    "that as well; save a clone of it"
+                )
         bound[name] = found
     return bound
 
@@ -129,41 +159,35 @@ def _head(store: ObjectStore, prefix: str, stored: StoredObject, checkpoint: str
     return head
 
 
-def _by_canonical_name(headers: Mapping[str, Mapping[str, Entry]], heads: Mapping[str, Head]) -> dict[str, TensorRef]:
+def _by_canonical_name(headers: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, TensorRef]:
     found: dict[str, TensorRef] = {}
-    for path, header in headers.items():
-        for name, entry in sorted(header.items(), key=lambda item: item[1].start):
+    for refs in headers.values():
+        for name, ref in sorted(refs.items(), key=lambda item: (item[1].object, item[1].boxes[0].offset)):
             known = canonical_name(name)
             if known in found:
                 raise Malformed(
-                    f"{path}: tensor {name} is {known} once more, which {found[known].object} holds already"
+                    f"{ref.object}: tensor {name} is {known} once more, which {found[known].object} holds already"
                 )
-            found[known] = TensorRef(
-                dtype=entry.dtype,
-                shape=entry.shape,
-                strides=_strides(entry.shape),
-                object=path,
-                offset=entry.start,
-                nbytes=entry.stop - entry.start,
-                pin=heads[path].pin,
-            )
+            found[known] = ref
     return found
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for side in reversed(shape):
-        strides.append(step)
-        step *= side
-    return tuple(reversed(strides))
+def _in_one_piece(entry: Entry, path: str, pin: str) -> TensorRef:
+    shape = entry.shape
+    box = Box(
+        object=path,
+        pin=pin,
+        offset=entry.start,
+        itemsize=ITEMSIZE[entry.dtype],
+        origin=(0,) * len(shape),
+        shape=shape,
+        strides=c_strides(shape),
+    )
+    return TensorRef(dtype=entry.dtype, shape=shape, boxes=(box,))
 
 
-def _weight_map(store: ObjectStore, prefix: str, stored: StoredObject) -> dict[str, str]:
+def weight_map(data: bytes, path: str) -> dict[str, str]:
     """Tensor name -> shard's path in the checkpoint's folder."""
-    path, size = stored.path, stored.digest.size
-    if size > MAX_HEADER:
-        raise Malformed(f"{path} is {size:,} bytes long; more than {MAX_HEADER:,} is refused")
-    data = verified_range(store, prefix + path, stored.digest, 0, size)
     try:
         document = json.loads(data, object_pairs_hook=_unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:

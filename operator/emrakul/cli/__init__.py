@@ -11,6 +11,7 @@ import click
 
 COMMANDS = {
     "run": "Run the pruning cycle of a manifest to its end.",
+    "import": "Make a checkpoint that kasmina never saw one of a run.",
     "watch": "Follow a run and drive a cycle for each checkpoint that is due.",
     "status": "Where a run stands: tip, stage, breaker, live cycle.",
     "history": "Every record of a run's log, with its reason: the audit.",
@@ -19,9 +20,13 @@ COMMANDS = {
     "rollback": "Move the tip back to an older checkpoint.",
     "resume": "Let cycles commit again after a person's rollback.",
     "gc": "Retire old checkpoints and delete what nothing needs.",
+    "convert": "Turn a checkpoint from before torch 1.6 into safetensors.",
     "operator": "Run the operator in a Kubernetes cluster.",
     "keygen": "Make a signing key and its public half.",
 }
+
+_MODULES = {"import": "importing"}
+"""Commands that no module can be called."""
 
 EXIT_CODES = """\b
 Exit codes:
@@ -54,7 +59,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        found = importlib.import_module(f"emrakul.cli.{cmd_name}").command
+        found = importlib.import_module(f"emrakul.cli.{_MODULES.get(cmd_name, cmd_name)}").command
         assert isinstance(found, click.Command)
         return found
 

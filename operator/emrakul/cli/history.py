@@ -56,7 +56,8 @@ def what(record: Record) -> str:
     """The record in a few words."""
     body = record.body
     if isinstance(body, Publish):
-        return f"checkpoint {record.id}, epoch {body.epoch}"
+        imported = f", imported from {body.imported_from}" if body.imported_from else ""
+        return f"checkpoint {record.id}, epoch {body.epoch}{imported}"
     if isinstance(body, Admit):
         return f"cycle {record.id} on record {body.base}, {body.stage.value}, {body.runtime}"
     if isinstance(body, End):

@@ -27,6 +27,9 @@ SECRET_SECONDS = 60.0
 CHECK_SECONDS = 30.0
 """How long a log may be read on without a look at what was read of it before: an older copy goes unnoticed so long."""
 SECRET_BYTES = 200_000
+LARGEST_BYTES = 128 * 1024 * 1024
+"""Objects that are read as a whole are at most this large (masks of a billion single weights are): what a tenant's run
+holds must not end the process of all."""
 FILES = 100
 """CA bundles that are kept as files."""
 
@@ -43,6 +46,11 @@ class Access:
     run: str
     store: StoreSpec
 
+    @property
+    def name(self) -> str:
+        """The run and where it lies: the same URI at another endpoint is another one."""
+        return f"{self.run} at {self.store.endpoint}" if self.store.endpoint else self.run
+
 
 @dataclass(kw_only=True)
 class OpenRun:
@@ -56,6 +64,8 @@ class OpenRun:
     """The newest record that a status named: what one resource saw, the log is held to for all of them."""
     checked: float = field(default_factory=time.monotonic)
     """When it and the newest record that was read were last found in the log."""
+    told: int = -1
+    """The newest record of which those who wait for this run were told."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,12 @@ class Runs:
         self._open: OrderedDict[Access, tuple[_Reached, OpenRun]] = OrderedDict()
         self._secrets: dict[tuple[str, str], tuple[float, dict[str, str]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="emrakul-ca-")
+        """CA bundles; gone with close()."""
         self.trust: Trust | None = trust_from_environment()
         self.keys: tuple[SigningKey, ...] = signing_keys_from_environment()
+
+    def close(self) -> None:
+        self._folder.cleanup()
 
     async def open(self, access: Access, *, seen: tuple[int, str] | None = None) -> OpenRun:
         """The run, its newest record read. `seen` is a record known from before (a status).
@@ -109,6 +123,8 @@ class Runs:
             region=access.store.region,
             ca_bundle=reached.ca_bundle,
             credentials=reached.credentials,
+            largest=LARGEST_BYTES,
+            may_borrow=lambda uri: self._config.allows(access.namespace, uri),
         )
         log = Log(store, keys=self.keys, trust=self.trust, seen=seen)
         log.tail()

@@ -22,7 +22,7 @@ from emrakul.cluster.access import Access, NotReady, OpenRun
 from emrakul.cluster.children import Taken, children_of
 from emrakul.cluster.ended import EndedCycles
 from emrakul.cluster.kube import CYCLES, Body, Forbidden, Rejected
-from emrakul.cluster.orphans import Orphans
+from emrakul.cluster.orphans import Live, Orphans
 from emrakul.cluster.services import Services
 from emrakul.cluster.source import NotYet, Over, Source, Sources
 from emrakul.cluster.status import Facts, cycle_status, refused
@@ -109,23 +109,14 @@ class CycleReconciler:
             self._driven.pop(subject.uid, None)
             self._known.pop(key, None)
             return await self.ended.finish(subject)
-        run = subject.status.run or subject.key.name
         try:
-            source = await self.sources.of(subject)
-            run = source.run
-            return await self._drive(subject, source)
+            return await self._drive(subject)
         except Over as over:
             if subject.status.cycle is not None:  # it is live in the log: only its record can end it
                 await self.teller.unable(subject, "Waiting", str(over))
                 return RESYNC_SECONDS
-            done = refused(
-                subject.status,
-                over.reason,
-                str(over),
-                run=subject.cycle.spec.run,
-                generation=subject.generation,
-                now=_now(),
-            )
+            run = subject.cycle.spec.run
+            done = refused(subject.status, over.reason, str(over), run=run, generation=subject.generation, now=_now())
             await self.teller.conclude(subject, done)
             return 0.0
         except (NotYet, NotReady, NoRun) as error:
@@ -135,12 +126,13 @@ class CycleReconciler:
             await self.teller.unable(subject, "Waiting", str(error))
             return RESYNC_SECONDS
         except StoreReverted as error:
-            self.services.health.store_failed(run, error)
+            self.services.health.store_said(self._known[key].name, error)
             self.services.metrics.store_error(error)
             await self.teller.unable(subject, "StoreReverted", str(error))
             return RESYNC_SECONDS
         except StoreError as error:
-            self.services.health.store_failed(run, error)
+            known = self._known.get(key)
+            self.services.health.store_said(known.name if known else str(key), error)
             self.services.metrics.store_error(error)
             await self.teller.unable(subject, "Waiting", str(error))
             raise
@@ -150,30 +142,34 @@ class CycleReconciler:
 
     # --- the live cycle ---
 
-    async def _drive(self, subject: Subject, source: Source) -> float | None:
+    async def _drive(self, subject: Subject) -> float | None:
+        source = await self.sources.of(subject)
         subject = replace(subject, status=subject.status.model_copy(update={"frozen": source.frozen}))
+        access = Access(namespace=subject.key.namespace, run=source.run, store=source.frozen.store)
+        self._known[subject.key] = access
+        known = subject.uid in self._driven
         run = await self.services.runs.open(
-            Access(namespace=subject.key.namespace, run=source.run, store=source.frozen.store),
-            seen=seen_of(subject.status) if subject.key in self._known else await self.sources.seen(subject, source),
+            access, seen=seen_of(subject.status) if known else await self.sources.seen(subject, source)
         )
-        self._known[subject.key] = run.access
-        self.services.attend(run.store.uri, subject.key)
+        self.services.attend(run, subject.key)
         async with run.lock:
             ask, name = await asyncio.to_thread(self._ask, subject, run, source)
+        live = Live()
         if name is None:
-            ask = replace(ask, withdrawn=source.withdrawn or await self.sources.overtaken(subject))
+            async with run.lock:
+                live = await self.orphans.check(run)
+            withdrawn = source.withdrawn or await self.sources.overtaken(subject)
+            ask = replace(ask, withdrawn=withdrawn, live_is_driven=live.driven)
         driven = self._controller(subject, run, source, ask, name)
         for _ in range(STEPS):
             async with run.lock:
                 look = await asyncio.to_thread(driven.controller.look, ask)
                 worth = _is_worth_telling(look)
                 facts = await asyncio.to_thread(_facts, driven, look, subject.status) if worth else None
-            self.services.health.store_answered(run.store.uri)
+            self.services.health.store_said(run.access.name)
             if (other := _driven_by_another(subject, look)) is not None:
-                async with run.lock:
-                    left = await self.orphans.check(run)
                 await self.teller.unable(subject, "Waiting", other)
-                return RESYNC_SECONDS if left is None else left
+                return RESYNC_SECONDS if live.left is None else live.left
             if _may_try_again(subject, look):
                 async with run.lock:
                     name, _ = await asyncio.to_thread(next_try, run.log, ask)
@@ -182,10 +178,10 @@ class CycleReconciler:
             if facts is not None:
                 subject = await self._tell(subject, look, facts)
             if subject.status.outcome is not None and (look.plan.refused or not look.plan.actions):
-                self.services.happened(run.store.uri, but=subject.key)
+                self.services.happened(run, look.snapshot.state, but=subject.key)
                 return 0.0  # cleaned up in the next turn, from the status as it was written
             if not look.plan.actions:
-                return await self._wait(run, look)
+                return self._wait(look, live)
             await self._act(subject, driven, look)
         return 1.0
 
@@ -209,13 +205,11 @@ class CycleReconciler:
         await self.teller.unable(subject, look.plan.state, str(refusal))
         raise refusal
 
-    async def _wait(self, run: OpenRun, look: Seen) -> float:
+    def _wait(self, look: Seen, live: Live) -> float:
         """Until the next limit, or until the live cycle that is in the way may turn out to be nobody's."""
         wait = look.plan.wait.total_seconds() if look.plan.wait else RESYNC_SECONDS
-        if look.snapshot.admitted is None and look.snapshot.state.live is not None:
-            async with run.lock:
-                left = await self.orphans.check(run)
-            wait = wait if left is None else min(wait, left)
+        if live.left is not None:
+            wait = min(wait, live.left)
         # people like to see how far it is; with many cycles, only what happens is looked at
         longest = PROGRESS_SECONDS if len(self.teller.live) <= FEW else RESYNC_SECONDS
         return min(max(wait, 0.1), longest)
@@ -323,9 +317,10 @@ class CycleReconciler:
         try:
             run = await self.services.runs.open(access)
             async with run.lock:
-                left = await self.orphans.check(run)
+                left = (await self.orphans.check(run)).left
+                state = (await asyncio.to_thread(run.log.tail)).state
             if left is None:
-                self.services.happened(run.store.uri, but=key)
+                self.services.happened(run, state, but=key)
         except (NotReady, NoRun) as error:  # its Secret went with it: the next cycle of the run ends this one
             log.info("%s is deleted, and its run cannot be reached: %s", key, error)
         if left is None:

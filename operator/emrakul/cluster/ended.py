@@ -54,12 +54,15 @@ class EndedCycles:
             subject = await self.teller.conclude(subject, current)
         run, unsent = await self._ended_run(subject), False
         if run is not None:
-            self.services.attend(run.store.uri, subject.key)  # what it committed may be rolled back
             async with run.lock:
                 undone = await asyncio.to_thread(_undone, run, status)
             if undone is not None:
                 subject = await self.teller.conclude(subject, status.model_copy(update={"rollback": undone}))
             unsent = await self._send(subject, run)
+            if subject.status.outcome is Outcome.COMMITTED and subject.status.rollback is None:
+                self.services.remember(run, subject.key)
+            else:
+                self.services.leave(subject.key)
         left = retention.seconds_left(status, subject.cycle.spec.ttl_seconds_after_finished, datetime.now(UTC))
         if left is None or left > 0:
             # what a sink has not taken may be given up for others: then it is offered again

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from emrakul.cluster.metrics import Metrics
 from leyline.log import StoreReverted
-from leyline.store import Changed, Damaged, Exists, NotFound
+from leyline.store import Changed, Damaged, Exists, NotFound, StoreError
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format, as every version of it reads it."""
@@ -55,6 +55,8 @@ class Health:
         """Whose end is ours."""
         self.deaf: str | None = None
         """The sentence of Freshness, on the way to the end of the process."""
+        self.left_out: tuple[str, ...] = ()
+        """Namespaces of the configuration that may not be read."""
         self._clock, self._now = clock, now
         self._listed = False
         self._heard: float | None = None
@@ -70,14 +72,10 @@ class Health:
         """The watch told something."""
         self._heard = self._clock()
 
-    def store_answered(self, run: str) -> None:
-        """The store of this run works."""
-        self._stores[run] = _Store(self._clock())
-
-    def store_failed(self, run: str, error: Exception) -> None:
-        """What the store of this run came to; one that says something of an object does answer."""
-        if isinstance(error, OF_OBJECTS):
-            self.store_answered(run)
+    def store_said(self, run: str, error: StoreError | None = None) -> None:
+        """What the store of this run answered last; that an object is damaged or gone is an answer too."""
+        if error is None or isinstance(error, OF_OBJECTS):
+            self._stores[run] = _Store(self._clock())
             return
         before = self._stores.get(run)
         since = before.since if before and before.since else self._now()
@@ -111,6 +109,7 @@ class Health:
             "operatorClass": self.operator_class,
             "ready": self.unready is None,
             "message": self.unready,
+            "leftOut": self.left_out,
             "liveCycles": self.metrics.live_cycles,
             "store": self._store(),
             "watch": {

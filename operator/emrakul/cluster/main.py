@@ -34,6 +34,8 @@ from leyline.store import StoreError
 log = logging.getLogger("emrakul")
 
 LISTING_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
+"""How long a namespace that may not be read is asked for at the start."""
 WATCHED: tuple[tuple[Kind, str], ...] = (
     (CYCLES, ""),
     (POLICIES, ""),
@@ -59,15 +61,18 @@ async def operate(config: OperatorConfig) -> None:
     server = HealthServer(health, port=config.health_port)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(kube.close)
+        runs = Runs(kube, config)
+        stack.callback(runs.close)
         port = await server.start()
         stack.push_async_callback(server.stop)
         sinks = await stack.enter_async_context(Sinks(metrics))
         log.info("health and metrics are served on port %d", port)
+        config = await _readable(kube, config, health)
         supervisor = Supervisor(lambda key: reconcile(key), expected=(KubeError, StoreError, NotReady))
         services = Services(
             kube=kube,
             config=config,
-            runs=Runs(kube, config),
+            runs=runs,
             metrics=metrics,
             health=health,
             sinks=sinks,
@@ -91,7 +96,6 @@ async def operate(config: OperatorConfig) -> None:
             health.heard()
             supervisor.wake(key)
 
-        config = await _readable(kube, config)
         await _list(kube, config, freshness, wake=supervisor.wake)
         health.listed()
         running = asyncio.create_task(supervisor.run(), name="supervisor")
@@ -135,25 +139,46 @@ async def _listen(kube: Kube, config: OperatorConfig, freshness: Freshness, heal
         await asyncio.sleep(LISTING_SECONDS)
         try:
             await _list(kube, config, freshness)
+            back = [name for name in health.left_out if await _is_readable(kube, name)]
         except Unavailable as error:  # an API server that restarts is not a watch that is deaf
             log.info("%s", error)
+            continue
         except Ended as error:
             health.deaf = str(error)
             raise
+        if back:
+            raise Ended(f"namespace {back[0]} can be read now; the next start watches it")
 
 
-async def _readable(kube: Kube, config: OperatorConfig) -> OperatorConfig:
-    """Without namespaces whose Role is gone, as after their deletion: one tenant's end must not be everybody's."""
-    found = []
-    for namespace in config.namespaces:
-        try:
-            await kube.list(CYCLES, namespace, metadata=True)
-            found.append(namespace)
-        except Forbidden as error:
-            log.warning("namespace %s is left out until the next start: %s", namespace, error)
+async def _readable(kube: Kube, config: OperatorConfig, health: Health) -> OperatorConfig:
+    """Without namespaces whose Role is gone, as after their deletion: one tenant's end must not be everybody's.
+
+    An API server that was just started forbids everything to everybody for a moment, so each is asked for a while.
+    """
+    found = list(config.namespaces)
+    end = time.monotonic() + PATIENCE_SECONDS
+    while left := [name for name in found if not await _is_readable(kube, name)]:
+        if time.monotonic() > end:
+            found = [name for name in found if name not in left]
+            break
+        await asyncio.sleep(1)
+    health.left_out = tuple(name for name in config.namespaces if name not in found)
+    if health.left_out:
+        log.warning(
+            "left out, as this account may not read them: %s; granted later, they are watched",
+            ", ".join(health.left_out),
+        )
     if config.namespaces and not found:
         raise Ended(f"none of the namespaces {', '.join(config.namespaces)} can be listed; may this account do it?")
     return config.model_copy(update={"namespaces": tuple(found)})
+
+
+async def _is_readable(kube: Kube, namespace: str) -> bool:
+    try:
+        await kube.list(CYCLES, namespace, metadata=True)
+    except Forbidden:
+        return False
+    return True
 
 
 async def _list(kube: Kube, config: OperatorConfig, freshness: Freshness, *, wake: Any = None) -> None:

@@ -26,7 +26,8 @@ async def offer(sinks: Sinks, url: str, run: OpenRun, cycle: str) -> bool:
         with suppress(Exists):
             run.store.put_if_absent(layout.sent(cycle), b"{}")
 
-    sinks.offer(f"{run.store.uri}/{cycle}", url, make, delivered)
+    # the same URI at another endpoint is another run, and each sink hears for itself
+    sinks.offer(f"{url} {run.access.name}/{cycle}", url, make, delivered)
     return True
 
 

@@ -20,7 +20,7 @@ from emrakul.cluster import retention
 from emrakul.cluster.access import Access, NotReady, OpenRun
 from emrakul.cluster.ended import EndedCycles
 from emrakul.cluster.kube import CYCLES, POLICIES, AlreadyExists, Body, Forbidden, Rejected
-from emrakul.cluster.orphans import Orphans
+from emrakul.cluster.orphans import Live, Orphans
 from emrakul.cluster.outbox import offer
 from emrakul.cluster.recheck import Recheck
 from emrakul.cluster.services import CYCLE, POLICY, Services
@@ -57,6 +57,8 @@ class _Followed:
     version: tuple[str, int]
     """UID and generation of the policy that it was made for."""
     tidied: float = float("-inf")
+    looked_past: float = float("-inf")
+    """When a live cycle of another runtime was last looked at."""
     counted: int = -1
     """The newest publish, by record, for which the trainer's own figures were counted."""
     sent: int = -1
@@ -97,7 +99,7 @@ class PolicyReconciler:
             await self._unready(key, body, before, "Waiting", str(error))
             return self._poll()
         except StoreReverted as error:
-            self.services.health.store_failed(policy.spec.run.rstrip("/"), error)
+            self.services.health.store_said(self._access(key, policy.spec).name, error)
             self.services.metrics.store_error(error)
             await self._unready(key, body, before, "StoreReverted", str(error))
             return RESYNC_SECONDS
@@ -105,7 +107,7 @@ class PolicyReconciler:
             await self._unready(key, body, before, "Invalid", str(error))
             return RESYNC_SECONDS
         except StoreError as error:
-            self.services.health.store_failed(policy.spec.run.rstrip("/"), error)
+            self.services.health.store_said(self._access(key, policy.spec).name, error)
             self.services.metrics.store_error(error)
             await self._unready(key, body, before, "StoreUnreachable", str(error))
             raise
@@ -115,13 +117,11 @@ class PolicyReconciler:
 
     async def _follow(self, key: Key, body: Body, policy: PruningPolicy, before: PolicyStatus) -> float:
         spec = policy.spec
-        frozen = frozen_of(spec, self.services.config.defaults.store)
-        access = Access(namespace=key.namespace, run=spec.run.rstrip("/"), store=frozen.store)
         seen = (before.seen.record, before.seen.digest) if before.seen else None
-        run = await self.services.runs.open(access, seen=seen)
+        run = await self.services.runs.open(self._access(key, spec), seen=seen)
         followed = self._follower(key, body, spec, run)
         follower = followed.follower
-        self.services.attend(run.store.uri, key)
+        self.services.attend(run, key)
         async with run.lock:
             for _ in range(STEPS):
                 state = await asyncio.to_thread(_state, run)
@@ -129,23 +129,28 @@ class PolicyReconciler:
                 if done is None:
                     break
                 log.info("%s: %s", key, done)
-                self.services.happened(run.store.uri, but=key)
+            self.services.happened(run, state, but=key)
             status = await asyncio.to_thread(_told, before, body, run, state, follower)
             next_ = due(state, every=spec.every)
-            left = await self.orphans.check(run) if state.live is not None else None
+            live = await self.orphans.check(run) if state.live is not None else Live()
+            await self._make_way(followed, spec, run, state, live)
             await asyncio.to_thread(self._count_report, followed, state)
             await self._tell_deleted(followed, state)
         if state.rolled_back > followed.sent and not await self._send(spec, run, state):
             followed.sent = state.rolled_back
-        self.services.health.store_answered(run.store.uri)
+        self.services.health.store_said(run.access.name)
         self.services.metrics.run_state(run.store.uri, state.ladder.stage, state.breaker.state)
-        if next_ is not None:
-            await self._begin(key, body, policy, run, next_)
+        if next_ is not None and (why := await self._begin(key, body, policy, run, next_)):
+            status = status.model_copy(update={"message": why})
         await self._write(key, body, before, status)
         if self.services.loop.time() - followed.tidied > RESYNC_SECONDS:
             followed.tidied = self.services.loop.time()
             await self._tidy(key, body, spec)
-        return self._poll() if left is None else min(self._poll(), left)
+        return self._poll() if live.left is None else min(self._poll(), live.left)
+
+    def _access(self, key: Key, spec: PolicySpec) -> Access:
+        frozen = frozen_of(spec, self.services.config.defaults.store)
+        return Access(namespace=key.namespace, run=spec.run.rstrip("/"), store=frozen.store)
 
     def _follower(self, key: Key, body: Body, spec: PolicySpec, run: OpenRun) -> _Followed:
         known = self._followed.get(key)
@@ -158,6 +163,16 @@ class PolicyReconciler:
             self._followed[key] = known
         return known
 
+    async def _make_way(self, followed: _Followed, spec: PolicySpec, run: OpenRun, state: RunState, live: Live) -> None:
+        """What another runtime left live must not hold this policy's next cycle back for ever."""
+        now = self.services.loop.time()
+        waits = due(state.model_copy(update={"live": None}), every=spec.every)
+        if state.live is None or live != Live() or waits is None or now - followed.looked_past < RESYNC_SECONDS:
+            return
+        followed.looked_past = now
+        ask = await asyncio.to_thread(ask_for, waits.base, spec, store=run.store, runtime=KubernetesRuntime.name)
+        await self.orphans.abandon(run, ask)
+
     def _forget(self, key: Key) -> None:
         known = self._followed.pop(key, None)
         self.services.leave(key)
@@ -169,12 +184,12 @@ class PolicyReconciler:
 
     # --- cycles ---
 
-    async def _begin(self, key: Key, body: Body, policy: PruningPolicy, run: OpenRun, found: Due) -> None:
-        """Make the resource of the cycle that is due; the same name however often it is made."""
+    async def _begin(self, key: Key, body: Body, policy: PruningPolicy, run: OpenRun, found: Due) -> str:
+        """Make the resource of the cycle that is due, always under the same name; or say why that is not possible."""
         uid = body["metadata"]["uid"]
         selector = f"{labels.POLICY_UID}={uid},{labels.BASE}={found.base}"
         if (await self.services.kube.list(CYCLES, key.namespace, labels=selector, metadata=True)).items:
-            return  # made before, with other settings perhaps, and not admitted yet
+            return ""  # made before, with other settings perhaps, and not admitted yet
         async with run.lock:
             ask = await asyncio.to_thread(
                 lambda: ask_for(found.base, policy.spec, store=run.store, runtime=KubernetesRuntime.name)
@@ -183,11 +198,12 @@ class PolicyReconciler:
         spec["ttlSecondsAfterFinished"] = policy.spec.ttl_seconds_after_finished
         if policy.spec.operator_class:
             spec["operatorClass"] = policy.spec.operator_class
-        made = {
+        name = labels.cycle_name(key.name, name_of(ask))
+        made: Body = {
             "apiVersion": API_VERSION,
             "kind": CYCLE,
             "metadata": {
-                "name": labels.cycle_name(key.name, name_of(ask)),
+                "name": name,
                 "namespace": key.namespace,
                 "labels": {
                     labels.MANAGED_BY: labels.EMRAKUL,
@@ -200,14 +216,28 @@ class PolicyReconciler:
         }
         try:
             await self.services.kube.create(CYCLES, key.namespace, made)
-        except AlreadyExists:  # of an earlier policy of this name: it ends by itself
-            log.debug("%s: cycle %s is there", key, made["metadata"])
+        except AlreadyExists:
+            return await self._taken(key, name, uid)
+        return ""
+
+    async def _taken(self, key: Key, name: str, uid: str) -> str:
+        """The name of the cycle that is due is another resource's: why it waits, or "" if that was nobody's."""
+        found = await self.services.kube.get(CYCLES, key.namespace, name)
+        if found is None:
+            return ""
+        by, status = (found["metadata"].get("labels") or {}).get(labels.POLICY_UID), found.get("status") or {}
+        if by not in (None, uid) and status.get("outcome") and "cycle" not in status:
+            # of an earlier policy of this name, and never begun: ours is made at the next look
+            await self.services.kube.delete(CYCLES, key.namespace, name, uid=found["metadata"]["uid"])
+            return ""
+        return f"PruningCycle {name} is there and is not of this policy; the next cycle waits until it is deleted"
 
     async def _tidy(self, key: Key, body: Body, spec: PolicySpec) -> None:
         """Resources of ended cycles beyond the limit go, each after its record was read back."""
         selector = f"{labels.POLICY_UID}={body['metadata']['uid']}"
         found = await self.services.kube.list(CYCLES, key.namespace, labels=selector)
-        for ended in retention.beyond(found.items, spec.history_limit):
+        ours = [one for one in found.items if self.services.ours(one)]
+        for ended in retention.beyond(ours, spec.history_limit):
             meta = ended["metadata"]
             try:
                 if await self.ended.recorded(key.namespace, CycleStatus.model_validate(ended["status"])):

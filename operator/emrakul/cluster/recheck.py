@@ -52,7 +52,9 @@ class Recheck:
         return cls(children=children, terms=terms, run=spec.run.rstrip("/"))
 
     def __call__(self, record: int) -> str | None:
-        found = [job for job in self.children.list() if job["metadata"]["labels"].get(labels.STEP) == str(record)]
+        every = self.children.list()
+        found = [job for job in every if job["metadata"]["labels"].get(labels.STEP) == str(record)]
+        self._clear([job for job in every if job not in found])  # of rollbacks before this one
         attempt = 0
         if found:
             newest = max(found, key=lambda job: int(job["metadata"]["labels"][labels.LAUNCH]))

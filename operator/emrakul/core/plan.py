@@ -170,14 +170,12 @@ def _another_is_live(s: Snapshot, now: datetime) -> Plan | None:
     its = s.live_settings or s.ask.settings
     longest = max(its.checkpoint_analysis_timeout, its.validation_timeout)
     limit = timedelta(seconds=its.startup_timeout + longest) + GRACE
-    # an operator drives what it admitted, however long a queue holds it back, and sees what was deleted by itself
-    its_own = bool(s.ask.resource) and (live.runtime, s.live_operator) == (s.ask.runtime, s.ask.operator_class)
-    if quiet > limit and not its_own:
+    if quiet > limit and not s.ask.live_is_driven:
         why = f"cycle {live.id} has not moved for {quiet.total_seconds():.0f} s; no process drives it any more"
         return Plan(state="Waiting", actions=(Abandon(live.id, Finding(Reason.ABANDONED, why)),))
     return Plan(
         state="Waiting",
-        wait=IDLE if its_own else limit - quiet + TICK,
+        wait=IDLE if s.ask.live_is_driven else limit - quiet + TICK,
         message=f"cycle {live.id} is live (runtime {live.runtime}); this one starts after it",
     )
 
@@ -356,6 +354,8 @@ def _work(s: Snapshot, now: datetime, phase: Phase, step: int, limit: timedelta,
         return Plan(state=state, actions=(Launch(phase, launch, step),), message=message)
     job = mine[-1]
     mark = s.marks.get((phase, job.launch))
+    if mark is not None and job.queued:
+        mark = max(mark, job.created)
     if mark is not None and not job.suspended and now - mark > limit:
         return _end(_over_time(phase, limit, message))
     if not job.running:

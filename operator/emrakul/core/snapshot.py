@@ -41,6 +41,8 @@ class Ask:
     forced: str | None = None
     """SHA-256 of a decision that a person forces."""
     suspend: bool = False
+    live_is_driven: bool = False
+    """The cycle that is live in this one's way is driven by the same operator: it is waited for, however long."""
     withdrawn: Finding | None = None
     """Why it shall not begin any more, if it has not: a newer one of its policy, or no policy."""
 
@@ -58,6 +60,8 @@ class Job:
     running: bool
     suspended: bool = False
     """A queue holds it back; no time counts."""
+    queued: bool = False
+    """A queue may hold it back again and again: its limit runs from when it was last let go."""
     exits: tuple[int, ...] = ()
     """Exit codes of workers that ended for good without success."""
     out_of_memory: str = ""
@@ -125,8 +129,6 @@ class Snapshot:
     """When another live cycle was last active, by the store's clock."""
     live_settings: Settings | None = None
     """The other live cycle's own settings, frozen when it was admitted: its limits are theirs."""
-    live_operator: str = ""
-    """The operator that admitted the other live cycle."""
     ready: CheckpointMetadata | None = None
     groups: int = 0
     """Groups in the checkpoint's topology."""

@@ -24,3 +24,10 @@ def command(phase: Phase, *, cycle_uri: str, step: int, launch: int, worker: int
 def recheck(*, run_uri: str, record: int) -> tuple[str, ...]:
     """Arguments after the interpreter for the recovery validation of one record's pair."""
     return ("-m", "urabrask", "--run", run_uri, "--record", str(record))
+
+
+def adopt(*, run_uri: str, origin: str, step: int | None, epoch: int, model_id: str | None) -> tuple[str, ...]:
+    """Arguments after the interpreter for the import of a checkpoint; it prints what it did as JSON."""
+    given = {"--step": step, "--model-id": model_id}
+    more = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    return ("-m", "kasmina.foreign", "--from", origin, "--run", run_uri, "--epoch", str(epoch), *more)

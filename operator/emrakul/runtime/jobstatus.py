@@ -26,6 +26,7 @@ def job_of(job: Body, pods: Sequence[Body] = (), events: Sequence[Body] = ()) ->
         created=_since(job),
         running=running,
         suspended=_suspended(job),
+        queued=labels.QUEUE in marks,
         exits=() if running else tuple(end.code for end in ended if end.code is not None),
         out_of_memory=next((end.out_of_memory for end in reversed(ended) if end.out_of_memory), ""),
         message=_message(job, pods, events, ended),

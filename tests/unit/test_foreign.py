@@ -1,0 +1,213 @@
+"""What cannot be imported is refused in a sentence, and nothing is written then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint
+
+import builders
+from histories import History
+from kasmina import load_tip
+from kasmina.foreign import adopt, main
+from leyline import exits
+from leyline.envelope import Trust, Untrusted, generate_key
+from leyline.local import LocalStore
+from leyline.log import Entry, Log, NoRun, NotAllowed
+from leyline.messages import CheckpointMetadata
+from leyline.model import Malformed
+from leyline.ready import read_ready, seal_ready
+from leyline.records import Draft, Kind
+from leyline.store import StoreError
+from leyline.topology import Topology
+
+WEIGHTS = builders.toy_weights(builders.toy_topology())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "run")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One file, among what else a trainer leaves there."""
+    found = tmp_path / "elsewhere" / "final"
+    found.mkdir(parents=True)
+    (found / "model.safetensors").write_bytes(builders.safetensors(WEIGHTS))
+    (found / "config.json").write_text("{}")
+    (found / "optimizer.pt").write_bytes(b"pickle")
+    return found
+
+
+def nothing(run: LocalStore) -> bool:
+    return not list(run.list(""))
+
+
+def test_matrices_and_kernels_are_parameters_and_no_structure_is_known(run: LocalStore, folder: Path) -> None:
+    done = adopt(run, str(folder), epoch=3)
+    metadata = read_ready(run, done.checkpoint, None)
+    assert (metadata.step, metadata.epoch, metadata.model_id) == (0, 3, "run")
+    assert metadata.weights == ("model.safetensors",)
+    assert (metadata.importance, metadata.evaluation, metadata.optimizer) == (None, None, None)
+    topology = Topology.parse(run.get(f"checkpoints/{done.checkpoint}/topology.json"), name="topology")
+    wanted = {name for name, t in WEIGHTS.items() if len(t.shape) >= 2 and name != "empty"}
+    assert set(topology.parameters) == wanted
+    assert not topology.groups
+    assert done.parameters == sum(topology.parameters[name].size for name in wanted)
+    assert adopt(run, str(folder / "model.safetensors"), epoch=3).record == done.record
+
+
+def test_integers_alone_are_nothing_to_prune(run: LocalStore, folder: Path) -> None:
+    quantized = {"w": builders.tensor(np.ones((4, 4), np.int64), "I64"), "scale": builders.tensor(np.ones(4), "F32")}
+    (folder / "model.safetensors").write_bytes(builders.safetensors(quantized))
+    with pytest.raises(Malformed, match="no float tensor of two axes or more"):
+        adopt(run, str(folder))
+    assert nothing(run)
+
+
+def test_a_folder_without_weights_or_with_too_many(run: LocalStore, folder: Path) -> None:
+    for nowhere in (folder.parent / "empty", folder.parent / "nowhere"):
+        with pytest.raises(Malformed, match="holds no checkpoint"):
+            adopt(run, str(nowhere))
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes(builders.safetensors(WEIGHTS))
+    with pytest.raises(Malformed, match="holds 2 checkpoints"):
+        adopt(run, str(folder))
+    assert nothing(run)
+    assert adopt(run, str(folder / "b.safetensors")).new
+
+
+def test_an_index_and_its_shards_must_agree(run: LocalStore, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    for path, data in builders.sharded(WEIGHTS, 3).items():
+        (folder / path).write_bytes(data)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    with pytest.raises(Malformed, match=r"model-00002-of-00003.safetensors', which does not stand beside it"):
+        adopt(run, str(folder))
+    with pytest.raises(StoreError, match=r"model-00002-of-00003.safetensors in file:.* does not exist"):
+        adopt(run, str(index))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, "../run.safetensors")}))
+    with pytest.raises(Malformed, match="which does not stand beside it"):
+        adopt(run, str(folder))
+    with pytest.raises(StoreError, match="is no object key"):
+        adopt(run, str(index))
+    assert nothing(run)
+
+
+# one process saves alone here, and torch says so
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "epoch=3.ckpt", "dcp"])
+def test_torchs_own_formats(run: LocalStore, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    kernel = torch.arange(12.0).reshape(3, 4)
+    model = {"fc.weight": kernel, "twin.weight": kernel, "other.weight": kernel + 1, "fc.bias": torch.zeros(3)}
+    if name == "dcp":
+        torch.distributed.checkpoint.save(model, checkpoint_id=folder, no_dist=True)
+    else:
+        torch.save(model, folder / name)
+    done = adopt(run, str(folder))
+    assert adopt(run, str(folder if name == "dcp" else folder / name)).record == done.record
+    topology = Topology.parse(run.get(f"checkpoints/{done.checkpoint}/topology.json"), name="topology")
+    loaded = load_tip(run)
+    assert all(torch.equal(loaded[key], value) for key, value in model.items())
+    if name == "dcp":  # it stores every name for itself
+        assert set(topology.parameters) == {"fc.weight", "twin.weight", "other.weight"}
+    else:
+        assert {key: one.aliases for key, one in topology.parameters.items()} == {
+            "fc.weight": ("twin.weight",),
+            "other.weight": (),
+        }
+
+
+def test_a_header_that_lies_is_refused(run: LocalStore, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(Malformed, match=r"model\.safetensors"):
+        adopt(run, str(folder))
+    assert nothing(run)
+
+
+def test_a_checkpoint_inside_a_run_may_be_deleted_by_its_gc(run: LocalStore, folder: Path, tmp_path: Path) -> None:
+    adopt(run, str(folder))
+    inside = tmp_path / "run" / "cycles" / "c" / "candidate"
+    inside.mkdir(parents=True)
+    (inside / "model.safetensors").write_bytes(builders.safetensors(WEIGHTS))
+    for other in (run, LocalStore(tmp_path / "other")):
+        with pytest.raises(StoreError, match=r"lies in the run file://.*copy it out of there"):
+            adopt(other, str(inside))
+
+
+def test_a_trainers_run_is_left_to_its_trainer(run: LocalStore, folder: Path) -> None:
+    History(run).publish(100)
+    newest = Log(run).tail().record.n
+    with pytest.raises(NotAllowed, match=r"a trainer opened the run .* \(record 1\).*import into a run of its own"):
+        adopt(run, str(folder), model_id="toy")
+    with pytest.raises(NotAllowed, match="is a run of model toy, not other"):
+        adopt(run, str(folder), model_id="other")
+    assert Log(run).tail().record.n == newest
+
+
+def test_what_is_trusted_must_be_signed_by_a_trainer(
+    run: LocalStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_key(tmp_path / "trainer.pem")
+    other = generate_key(tmp_path / "stranger.pem")
+    trusted = tmp_path / "trust"
+    trusted.mkdir()
+    (trusted / "trainer.pem").write_bytes((tmp_path / "trainer.pub.pem").read_bytes())
+    trust = Trust.from_folder(trusted)
+    for keys in ((), (other,)):
+        with pytest.raises(Untrusted, match="set EMRAKUL_SIGNING_KEY to a key that is trusted for trainer"):
+            adopt(run, str(folder), keys=keys, trust=trust)
+        assert nothing(run)
+    # as the command does it
+    monkeypatch.setenv("EMRAKUL_TRUST", str(trusted))
+    assert main(["--from", str(folder), "--run", run.uri]) == exits.BAD_INPUT
+    assert "EMRAKUL_TRUST is set" in capsys.readouterr().err
+    monkeypatch.setenv("EMRAKUL_SIGNING_KEY", str(tmp_path / "trainer.pem"))
+    assert main(["--from", str(folder), "--run", run.uri]) == exits.DONE
+    done = json.loads(capsys.readouterr().out)
+    assert read_ready(run, done["checkpoint"], trust).imported_from == folder.as_uri()
+
+
+def test_an_interrupted_import_is_finished_by_the_next(
+    run: LocalStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Log.append
+
+    def killed(log: Log, draft: Draft, *, base: int) -> Entry:
+        if draft.kind is Kind.PUBLISH:
+            raise KeyboardInterrupt
+        return whole(log, draft, base=base)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Log, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            adopt(run, str(folder))
+    done = adopt(run, str(folder))
+    assert (done.new, done.record) == (True, 2)
+
+
+def test_ready_that_names_no_folder_is_malformed(run: LocalStore, folder: Path) -> None:
+    done = adopt(run, str(folder))
+    said = read_ready(run, done.checkpoint, None).model_dump()
+    forged = CheckpointMetadata.model_validate({**said, "imported_from": "s3://elsewhere/x"})
+    key = f"checkpoints/{done.checkpoint}/READY.json"
+    run.delete(key)
+    run.put_if_absent(key, seal_ready(forged, ()))
+    with pytest.raises(Malformed, match="was imported from elsewhere: s3://elsewhere/x is in another kind of store"):
+        read_ready(run, done.checkpoint, None)
+
+
+def test_no_run_is_made_for_nothing(run: LocalStore, tmp_path: Path) -> None:
+    assert main(["--from", str(tmp_path / "nowhere"), "--run", run.uri]) == exits.BAD_INPUT
+    with pytest.raises(NoRun):
+        Log(run).tail()

@@ -1,0 +1,428 @@
+"""Files that lie. Each is refused by name, quickly, in little memory, and nothing in it is executed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import builders
+import stored
+
+CHILD = """
+import json, os, sys, time
+from pathlib import Path
+from kasmina.formats import read_recognised, recognise
+from kasmina.formats.legacy import read_legacy
+from leyline.local import LocalStore
+from leyline.model import Malformed
+
+def read(folder):
+    before = time.process_time()
+    try:
+        if folder.name.startswith("legacy"):
+            with (folder / "x/m.pt").open("rb") as file:
+                read_legacy(file, name="m.pt")
+        else:
+            store = LocalStore(folder)
+            read_recognised(store, "x/", recognise(store, "x/"))
+    except Malformed as error:
+        sentence = str(error)
+    else:
+        sentence = "ACCEPTED"
+    seconds = time.process_time() - before
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    (folder / "answer.json").write_text(json.dumps([sentence, seconds, peak]))
+
+read(Path(sys.argv[1]))
+for folder in map(Path, sys.argv[1:]):
+    if (child := os.fork()) == 0:  # what one file costs is not what the one before it cost
+        read(folder)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+"""Reads each folder's x/ in a process of its own, and says how it ended, in how many seconds and bytes."""
+
+
+class Canary:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+CANARY = "/tmp/canary-of-" + str(os.getpid())
+
+# --- safetensors
+
+
+def header(document: object, data: bytes = b"", *, length: int | None = None) -> dict[str, bytes]:
+    text = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return {"model.safetensors": struct.pack("<Q", len(text) if length is None else length) + text + data}
+
+
+def entry(begin: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+SAFETENSORS: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
+    "header longer than the file": (lambda: header({}, length=999), "it is truncated"),
+    "header of 2**63 bytes": (lambda: header({}, length=2**63), "is refused"),
+    "header of 17 MB": (lambda: header(b"{" + b" " * 17_000_000 + b"}"), "is refused"),
+    "deep json": (lambda: header(b"[" * 1_000_000), "not JSON"),
+    "header is a list": (lambda: header([]), "not an object"),
+    "keys twice": (lambda: header(b'{"a":1,"a":2}'), "unique keys"),
+    "overlap": (lambda: header({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)), "overlaps"),
+    "hole": (lambda: header({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12)), "hole"),
+    "data behind the last tensor": (lambda: header({"a": entry(0, 4, [1])}, bytes(12)), "its header speaks of"),
+    "product overflows": (lambda: header({"a": entry(0, 4, [2**33, 2**33])}, bytes(4)), "needs"),
+    "negative side": (lambda: header({"a": entry(0, 4, [-1, -1])}, bytes(4)), "naturals"),
+    "side is text": (lambda: header({"a": entry(0, 4, ["1"])}, bytes(4)), "naturals"),
+    "unknown dtype": (lambda: header({"a": entry(0, 4, [1], "F128")}, bytes(4)), "known are"),
+    "empty file": (lambda: {"model.safetensors": b""}, "at least 8"),
+    "index leads out": (
+        lambda: {
+            "model.safetensors.index.json": json.dumps({"weight_map": {"a": "../../etc/passwd"}}).encode(),
+        },
+        "does not stand beside it",
+    ),
+    "index without a map": (lambda: {"model.safetensors.index.json": b"{}"}, "no weight_map"),
+}
+
+# --- zip
+
+
+def plain() -> bytes:
+    return stored.saved({"a": torch.arange(100.0), "b": torch.ones(3)})
+
+
+def zipped(pickle_: bytes, more: Mapping[str, bytes] | None = None, **how: Any) -> bytes:
+    """An archive with this data.pkl, by Python's own writer."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", **how) as archive:
+        archive.writestr("archive/data.pkl", pickle_)
+        for name, data in {"archive/byteorder": b"little", "archive/data/0": bytes(400), **(more or {})}.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def replaced(data: bytes, old: bytes, new: bytes, *, last: bool = False) -> bytes:
+    assert len(old) == len(new) and old in data
+    at = data.rindex(old) if last else data.index(old)
+    return data[:at] + new + data[at + len(old) :]
+
+
+def at_end(data: bytes, where: int, value: bytes) -> bytes:
+    """Other bytes in the record at the archive's end, `where` bytes into it."""
+    start = data.rindex(b"PK\5\6") + where
+    return data[:start] + value + data[start + len(value) :]
+
+
+def at_central(data: bytes, name: bytes, where: int, value: bytes) -> bytes:
+    """Other bytes in the directory's entry of this name."""
+    start = data.rindex(name) - 46 + where
+    return data[:start] + value + data[start + len(value) :]
+
+
+def saved_pickle() -> bytes:
+    return zipfile.ZipFile(io.BytesIO(plain())).read("archive/data.pkl")
+
+
+def overlapping() -> bytes:
+    """The second storage's entry points at the first one's header."""
+    data = plain()
+    first = struct.unpack("<L", data[data.rindex(b"archive/data/0") - 4 : data.rindex(b"archive/data/0")])[0]
+    return at_central(data, b"archive/data/1", 42, struct.pack("<L", first))
+
+
+def twice() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", saved_pickle())
+        archive.writestr("archive/data.pkX", b"\x80\x02}.")
+    return file.getvalue().replace(b"data.pkX", b"data.pkl")
+
+
+def many_entries() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for number in range(70_000):
+            archive.writestr(f"archive/data/{number}", b"")
+    return file.getvalue()
+
+
+def pt(data: bytes) -> dict[str, bytes]:
+    return {"m.pt": data}
+
+
+ZIPS: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
+    "deflated": (
+        lambda: pt(zipped(b"\x80\x02}." + bytes(10**6), compression=zipfile.ZIP_DEFLATED)),
+        "compressed or encrypted",
+    ),
+    "encrypted": (lambda: pt(at_central(plain(), b"archive/data.pkl", 8, b"\x09\x08")), "compressed or encrypted"),
+    "overlapping entries": (lambda: pt(overlapping()), "overlaps|disagree"),
+    "one name twice": (lambda: pt(twice()), "twice"),
+    "packed size lies": (lambda: pt(at_central(plain(), b"archive/data/0", 20, b"\x01\0\0\0")), "long but takes"),
+    "both sizes lie": (
+        lambda: pt(at_central(plain(), b"archive/data/0", 20, struct.pack("<LL", 404, 404))),
+        "no checksum follows|overlaps",
+    ),
+    "size of 4 GB": (
+        lambda: pt(at_central(plain(), b"archive/data/0", 20, struct.pack("<LL", 2**32 - 2, 2**32 - 2))),
+        "reaches into its directory",
+    ),
+    "saturated without zip64": (
+        lambda: pt(at_central(zipped(saved_pickle()), b"archive/data/0", 20, b"\xff" * 8)),
+        "no zip64 field",
+    ),
+    "zip64 end elsewhere": (
+        lambda: pt(replaced(plain(), b"PK\6\7\0\0\0\0", b"PK\6\7\1\0\0\0")),
+        "zip64 locator points elsewhere",
+    ),
+    "zip64 end contradicts": (lambda: pt(at_end(plain(), 12, struct.pack("<L", 7))), "zip64 end contradicts"),
+    "header behind the end": (
+        lambda: pt(at_central(plain(), b"archive/data/0", 42, struct.pack("<L", 2**31))),
+        "behind its files",
+    ),
+    "truncated": (lambda: pt(plain()[:-5]), "truncated"),
+    "something behind it": (lambda: pt(plain() + b"more"), "something follows it"),
+    "a comment": (lambda: pt(at_end(plain(), 20, b"\x04\x00") + b"more"), "something follows it|end of one"),
+    "only an end": (lambda: pt(b"PK\5\6" + bytes(18)), "holds a program, no state dict"),
+    "more entries than there are": (
+        lambda: pt(at_end(zipped(saved_pickle()), 8, struct.pack("<HH", 9, 9))),
+        "too short for 9 entries",
+    ),
+    "70,000 entries": (lambda: pt(many_entries()), "more than a checkpoint needs"),
+    "names differ": (lambda: pt(replaced(plain(), b"archive/data/0", b"archive/data/X")), "disagree"),
+    "big endian": (lambda: pt(zipped(saved_pickle(), {"archive/byteorder": b"big"})), "big-endian"),
+    "a program": (lambda: pt(zipped(saved_pickle(), {"archive/constants.pkl": b"\x80\x02)."})), "holds a program"),
+    "no data.pkl": (lambda: pt(replaced(plain(), b"data.pkl", b"data.pkL")), "disagree"),
+    "storage missing": (
+        lambda: pt(zipped(saved_pickle(), {"archive/data/9": b""})),
+        "storage '1' has no bytes",
+    ),
+    "storage too short": (
+        lambda: pt(zipped(saved_pickle(), {"archive/data/0": bytes(4), "archive/data/1": bytes(12)})),
+        "storage '0' has 4 bytes",
+    ),
+}
+
+# --- pickles, inside an archive
+
+
+def tensor_pickle(**changed: bytes) -> bytes:
+    """What torch writes for one float tensor of 100, with parts of it exchanged."""
+    parts = {
+        "function": b"ctorch._utils\n_rebuild_tensor_v2\n", "type": b"ctorch\nFloatStorage\n",
+        "key": b"X\1\0\0\0" + b"0",
+        "numel": b"Kd", "offset": b"K\0", "shape": b"Kd\x85", "strides": b"K\1\x85",
+    } | changed  # fmt: skip
+    storage = b"(X\7\0\0\0storage" + parts["type"] + parts["key"] + b"X\3\0\0\0cpu" + parts["numel"] + b"tQ"
+    rebuilt = parts["function"] + b"(" + storage + parts["offset"] + parts["shape"] + parts["strides"]
+    return b"\x80\x02}X\1\0\0\0a" + rebuilt + b"\x89ccollections\nOrderedDict\n)RtRs."
+
+
+def of(pickle_: bytes) -> Callable[[], dict[str, bytes]]:
+    return lambda: pt(zipped(pickle_))
+
+
+LAUGHS = (
+    b"\x80\x02]q\0"
+    + b"".join(b"]q" + bytes([n]) + b"(" + (b"h" + bytes([n - 1])) * 10 + b"e" for n in range(1, 60))
+    + b"."
+)
+PICKLES: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
+    "os.system": (lambda: pt(zipped(pickle.dumps(Canary(CANARY), protocol=2))), "'posix.system'.*nothing was executed"),
+    "os.system, protocol 5": (lambda: pt(zipped(pickle.dumps(Canary(CANARY), protocol=5))), "posix.system"),
+    "eval": (of(b"\x80\x02c__builtin__\neval\nX\4\0\0\0exit\x85R."), "__builtin__.eval"),
+    "a deeper name": (of(b"\x80\x04\x8c\x05torch\x8c\x0ehub.load_state\x93."), "torch.hub.load_state"),
+    "an instance in protocol 0": (of(b"(ios\nsystem\n."), "operation b'i'"),
+    "the extension registry": (of(b"\x80\x02\x82\x01."), "operation"),
+    "a persistent name as text": (of(b"\x80\x02P0\n."), "operation b'P'"),
+    "memo number 2**31": (of(b"\x80\x02Nr\xff\xff\xff\x7f."), "memo number 2,147,483,647"),
+    "text of 4 GB": (of(b"\x80\x02X\xff\xff\xff\xff."), "breaks off"),
+    "text of 2**63": (of(b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f."), "breaks off"),
+    "billion laughs": (of(LAUGHS), "values|nested"),
+    "inside itself": (of(b"\x80\x02}q\0X\1\0\0\0ah\0s."), "nested more than 64 deep"),
+    "a million nested tuples": (of(b"\x80\x02)" + b"\x85" * 999_000 + b"."), "nested more than 64 deep"),
+    "a deep tuple as a key": (of(b"\x80\x02})" + b"\x85" * 999_000 + b"Ns."), "contradicts itself"),
+    "two million operations": (of(b"\x80\x02(" + b"N" * 2_000_000 + b"t."), "more than 1,000,000 operations"),
+    "a million dicts": (of(b"\x80\x02(" + b"}\x94" * 1_000_000 + b"t."), "more than 1,000,000 operations"),
+    "data.pkl of 17 MB": (of(b"\x80\x02}." + bytes(17_000_000)), "more than 16,777,216 is refused"),
+    "breaks off": (of(b"\x80\x02}X"), "breaks off"),
+    "pops nothing": (of(b"\x80\x020."), "breaks off"),
+    "empty": (of(b""), "breaks off"),
+    "a key twice": (of(b"\x80\x02}(X\1\0\0\0aK\1X\1\0\0\0aK\2u."), "twice in one dict"),
+    "shape beyond the storage": (of(tensor_pickle(shape=b"M\xff\xff\x85")), "ends at byte"),
+    "offset beyond the storage": (of(tensor_pickle(offset=b"Ke")), "ends at byte"),
+    "negative stride": (of(tensor_pickle(strides=b"J\xff\xff\xff\xff\x85")), "in a way that torch.save does not"),
+    "shape of 2**62": (of(tensor_pickle(shape=b"\x8a\x08" + b"\0" * 7 + b"\x40\x85")), "does not"),
+    "product overflows": (
+        of(tensor_pickle(shape=b"M\xff\xffM\xff\xff\x86", strides=b"M\xff\xffK\1\x86")),
+        "ends at byte",
+    ),
+    "storage larger than its file": (of(tensor_pickle(numel=b"M\xff\xff")), "a tensor says 262,140"),
+    "storage leads out": (of(tensor_pickle(key=b"X\x08\0\0\0../../et")), "has no bytes"),
+    "unknown storage": (of(tensor_pickle(type=b"ctorch\nQInt8Storage\n")), "torch.QInt8Storage"),
+    "a shape that is a list": (of(tensor_pickle(shape=b"]Kda")), "does not"),
+    "two dots are one name": (
+        lambda: pt(stored.saved({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}})),
+        "two tensors that are called a.b",
+    ),
+}
+
+# --- distributed checkpoints
+
+
+def distributed(change: Callable[[Any], None]) -> Callable[[], dict[str, bytes]]:
+    """A good one, with its metadata changed."""
+
+    def made() -> dict[str, bytes]:
+        weights = {"a": builders.Tensor("F32", (4, 4), bytes(64)), "b": builders.Tensor("F32", (2,), bytes(8))}
+        objects = stored.distributed_grid(weights)[1]
+        document = pickle.loads(objects[".metadata"])
+        change(document)
+        return {**objects, ".metadata": pickle.dumps(document)}
+
+    return made
+
+
+def every_place(**changed: Any) -> Callable[[Any], None]:
+    def change(document: Any) -> None:
+        for info in document.storage_data.values():
+            for name, value in changed.items():
+                setattr(info, name, value)
+
+    return change
+
+
+def moved(document: Any) -> None:
+    infos = list(document.storage_data.values())
+    infos[1].offset, infos[1].relative_path = infos[0].offset + 100, infos[0].relative_path
+
+
+def other_size(document: Any) -> None:
+    document.state_dict_metadata["b"].size = torch.Size([3])
+
+
+def exchanged(document: Any) -> None:
+    """b's place is that of a piece of a."""
+    keys = list(document.storage_data)
+    document.storage_data[keys[-1]] = document.storage_data.pop(keys[0])
+    del document.state_dict_metadata["a"]
+
+
+def canary(document: Any) -> None:
+    document.planner_data = Canary(CANARY)
+
+
+def piece_twice(document: Any) -> None:
+    chunks = document.state_dict_metadata["a"].chunks
+    chunks.append(chunks[0])
+
+
+def lost(document: Any) -> None:
+    del document.storage_data[next(iter(document.storage_data))]
+
+
+DCP: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
+    "a path out of the folder": (
+        distributed(every_place(relative_path="../../etc/passwd")), "'../../etc/passwd', which does not stand beside"
+    ),
+    "an absolute path": (distributed(every_place(relative_path="/etc/passwd")), "does not stand beside"),
+    "os.system in .metadata": (distributed(canary), "posix.system"),
+    "a piece beyond the object": (distributed(every_place(length=10**9)), "truncated|overlap"),
+    "a negative offset": (distributed(every_place(offset=-1)), "no place for the piece"),
+    "an offset that is text": (distributed(every_place(offset="0")), "no place for the piece"),
+    "pieces overlap": (distributed(moved), "overlap"),
+    "pieces do not tile": (distributed(other_size), "do not tile"),
+    "a piece twice": (distributed(piece_twice), "do not tile"),
+    "a piece without a place": (distributed(lost), "no place for the piece"),
+    "another tensor's place": (distributed(exchanged), "says F32|something else"),
+    "compressed pieces": (distributed(every_place(transform_descriptors=["zstd"])), "stored transformed"),
+    ".metadata of 17 MB": (lambda: {".metadata": bytes(17_000_000)}, "is refused"),
+    ".metadata that is none": (lambda: {".metadata": b"\x80\x02}."}, "no metadata of torch.distributed.checkpoint"),
+}  # fmt: skip
+
+# --- before 1.6
+
+
+def old(pickle_: bytes | None = None, *, cut: int = 0) -> dict[str, bytes]:
+    data = stored.saved({"a": torch.arange(100.0)}, _use_new_zipfile_serialization=False)
+    if pickle_ is not None:
+        at = data.index(b"\x80\x02}q\x00X\x01\x00\x00\x00a")
+        data = data[:at] + pickle_ + data[data.index(b".", at) + 1 :]
+    return pt(data[: len(data) - cut])
+
+
+LEGACY: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
+    "os.system first": (lambda: pt(pickle.dumps(Canary(CANARY), protocol=2)), "posix.system"),
+    "os.system as the weights": (lambda: old(pickle.dumps(Canary(CANARY), protocol=2)), "posix.system"),
+    "another pickle": (lambda: pt(pickle.dumps([1, 2], protocol=2)), "torch.save did not write it"),
+    "truncated storage": (lambda: old(cut=8), "truncated"),
+    "truncated pickle": (lambda: old(cut=430), "breaks off"),
+}
+
+CASES = {
+    **{f"safetensors: {name}": case for name, case in SAFETENSORS.items()},
+    **{f"zip: {name}": case for name, case in ZIPS.items()},
+    **{f"pickle: {name}": case for name, case in PICKLES.items()},
+    **{f"dcp: {name}": case for name, case in DCP.items()},
+    **{f"legacy: {name}": case for name, case in LEGACY.items()},
+}
+
+
+Answers = Mapping[str, tuple[str, float, int]]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """(sentence, CPU seconds, peak RSS) of each case."""
+    root = tmp_path_factory.mktemp("hostile")
+    folders = [root / "good", *(root / name.replace("/", "_") for name in CASES)]
+    for folder, objects in zip(folders, [pt(plain()), *(make() for make, _ in CASES.values())], strict=True):
+        for path, data in objects.items():
+            (folder / "x").mkdir(parents=True, exist_ok=True)
+            (folder / "x" / path).write_bytes(data)
+    subprocess.run([sys.executable, "-c", CHILD, *map(str, folders)], check=True, timeout=250)
+    found = [tuple(json.loads((folder / "answer.json").read_text())) for folder in folders]
+    assert found[0][0] == "ACCEPTED", "the good one is read"
+    return dict(zip(CASES, found[1:], strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_file_is_refused_by_name_quickly_and_in_little_memory(answers: Answers, name: str) -> None:
+    said, seconds, peak = answers[name]
+    assert not Path(CANARY).exists(), "something was executed"
+    assert said != "ACCEPTED"
+    assert re.search(CASES[name][1], said), said
+    assert re.search(r"x/|m\.pt|model\.safetensors|\.metadata", said), f"no object is named: {said}"
+    assert seconds < 1
+    assert peak < 100_000_000
+
+
+def test_the_corpus_is_large_enough() -> None:
+    assert len(CASES) >= 40
+
+
+def test_the_canary_works(tmp_path: Path) -> None:
+    """Unpickled by pickle itself, the file appears: what is asserted above can fail."""
+    pickle.loads(pickle.dumps(Canary(str(tmp_path / "canary"))))
+    assert (tmp_path / "canary").exists()
