@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cluster.places import CACHE
-from emrakul.cluster.config import OperatorConfig, load_config
+from emrakul.runtime.config import OperatorConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "charts" / "emrakul-operator"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from emrakul.api.policy import PodOverrides, StoreSpec
-from emrakul.cluster.config import OperatorConfig
 from emrakul.core.snapshot import Phase
 from emrakul.runtime import jobs
+from emrakul.runtime.config import OperatorConfig
 from emrakul.runtime.pods import Owner, Terms
 from emrakul.settings import Settings
 

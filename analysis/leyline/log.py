@@ -68,9 +68,14 @@ class Log:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def read(self, n: int) -> tuple[Record, str]:
-        """Record n and the digest of its bytes; NotFound if the log is shorter."""
+        """Record n and the digest of its bytes; NotFound if the log is shorter, StoreReverted if it was not before."""
         key = layout.record(n)
-        data = self._store.get(key)
+        try:
+            data = self._store.get(key)
+        except NotFound as error:
+            if n > self._known:
+                raise
+            raise self._gone(n) from error
         # the kind is inside, so any writer's key is tried first and the record's own roles right after
         roles = tuple(sorted({role for some in WRITERS.values() for role in some}))
         payload = open_envelope(data, PAYLOAD, self._trust, roles=roles, name=key)
@@ -93,6 +98,11 @@ class Log:
     def expect(self, n: int, digest: str) -> None:
         """StoreReverted unless record n, known from before, still stands there."""
         self._still_there(n, digest)
+
+    def check(self) -> None:
+        """StoreReverted unless the newest record still stands: a tail that does not grow does not tell that."""
+        tail = self.tail()
+        self._still_there(tail.record.n, tail.digest)
 
     def since(self, n: int) -> Iterator[Record]:
         """Records n+1 and on, oldest first."""
@@ -160,11 +170,17 @@ class Log:
         try:
             _, found = self.read(n)
         except NotFound as error:
-            raise StoreReverted(
-                f"{self._store.uri}: record {n} was seen before and is gone; restore the log, never go on"
-            ) from error
+            raise self._gone(n) from error
         if found != digest:
             raise StoreReverted(f"{self._store.uri}: record {n} is another one than was seen before; stop")
+
+    def _gone(self, n: int) -> StoreReverted:
+        return StoreReverted(f"{self._store.uri}: record {n} was seen before and is gone; restore the log, never go on")
+
+    @property
+    def _known(self) -> int:
+        """The highest record that is known to have been there; -1 is none."""
+        return max(self._tail.record.n if self._tail else -1, self._seen[0] if self._seen else -1)
 
     def _state(self, record: Record) -> RunState:
         key = layout.state(record.state)

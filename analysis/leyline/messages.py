@@ -341,7 +341,7 @@ class Candidate(Value):
 
 
 class AnalysisResults(Message):
-    """Emrakul -> Tamiyo: how a cycle ended, and what the next one starts from. The key is the cycle's end record."""
+    """Emrakul -> Tamiyo: how a cycle ended, and what the next one starts from. The key is the cycle's name."""
 
     run: str
     cycle: str

@@ -508,7 +508,8 @@ def _client(
         connect_timeout=min(5.0, deadline),
         read_timeout=min(60.0, max(deadline, 1.0)),
         max_pool_connections=16,
-        retries={"mode": "standard", "max_attempts": 3},
+        # requests are repeated here, until the deadline; repeated below as well, one that hangs would take four of them
+        retries={"mode": "standard", "total_max_attempts": 1},
         # Other stores than AWS do not know the checksums that botocore adds since 1.36 (boto3#4392); ours are
         # in the manifests, and the signature covers the bytes in transit.
         request_checksum_calculation="when_required",

@@ -19,6 +19,7 @@ from emrakul.core.plan import Plan, next_actions
 from emrakul.core.snapshot import Ask, Job, Phase, Snapshot
 from emrakul.finding import Finding
 from emrakul.guidance import Guidance
+from emrakul.invalid import Invalid
 from emrakul.observe import Observer
 from emrakul.scaling import DEFAULT_RATE, workers
 from emrakul.settings import Settings
@@ -39,7 +40,7 @@ from leyline.messages import (
 )
 from leyline.model import Malformed, key_of
 from leyline.reasons import Reason
-from leyline.records import Admit, Draft, Kind
+from leyline.records import PROTOCOL, Admit, Draft, Kind, Record
 from leyline.store import Damaged, Exists, NotFound, ObjectStore
 
 LOOK_SECONDS = (0.05, 1.0)
@@ -123,6 +124,8 @@ class Controller:
             self._ask = ask
         snapshot, now = self._observer.look(self._ask, jobs=self._runtime.jobs())
         if snapshot.admitted is not None:
+            if snapshot.end is None:
+                _is_known(snapshot.admitted)
             settled = frozen(self._ask, snapshot.admitted.body)
             if settled != self._ask:  # somebody admitted it before: their settings count
                 self._ask = settled
@@ -330,6 +333,16 @@ def next_try(log: Log, ask: Ask) -> tuple[str, bool]:
 
 def _is_try(id_: str, stem: str) -> bool:
     return id_ == stem or (id_.startswith(f"{stem}-") and id_.removeprefix(f"{stem}-").isdecimal())
+
+
+def _is_known(admitted: Record) -> None:
+    """Invalid if a newer version admitted the cycle: what it agreed with its workers is not known here."""
+    assert isinstance(admitted.body, Admit)
+    if admitted.body.protocol > PROTOCOL:
+        raise Invalid(
+            f"cycle {admitted.id} was admitted with protocol {admitted.body.protocol}, and this version knows none "
+            f"above {PROTOCOL}; it is left alone until that version takes it up again, or upgrade this one"
+        )
 
 
 def frozen(ask: Ask, admitted: object) -> Ask:

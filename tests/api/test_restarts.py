@@ -28,6 +28,10 @@ from servers import S3Server
 
 AT_ONCE = 4
 POINTS = 50
+POINT_SECONDS = 8 * 60 / POINTS
+"""What a point may take on a machine of two cores that has nothing else to do."""
+BESIDE = 2.0
+"""Times as much, since other tests run beside it."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +160,8 @@ def place(server: ApiServer, api: Api, s3: S3Server, tmp_path_factory: pytest.Te
     return Place(server, api, s3, tmp_path_factory.mktemp("restarts"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_nobody_can_tell_where_it_was_killed(place: Place) -> None:
-    began = time.monotonic()
     golden = {story: tell(place, story) for story in (commits, is_refused, is_suspended, is_rolled_back)}
     for story, once in golden.items():
         assert once.faults == [], story.__name__
@@ -171,11 +174,13 @@ def test_nobody_can_tell_where_it_was_killed(place: Place) -> None:
         for write in range(once.writes, 0, -1 if story is commits else -8)
         for lost in (False, True)
     ]
+    began = time.monotonic()
     with ThreadPoolExecutor(AT_ONCE) as threads:
         told = list(threads.map(lambda point: tell(place, point[0], write=point[1], lost=point[2]), points))
+    point = (time.monotonic() - began) / len(points)
     killed = sum(bool(one.at) for one in told)
     writes = ", ".join(f"{story.__name__} {once.writes}" for story, once in golden.items())
-    print(f"writes of a story: {writes}; killed at {killed} points in {time.monotonic() - began:.0f} s")
+    print(f"writes of a story: {writes}; killed at {killed} points, {point:.1f} s each")
     wrong = []
     for (story, write, lost), one in zip(points, told, strict=True):
         whole = golden[story]
@@ -187,6 +192,7 @@ def test_nobody_can_tell_where_it_was_killed(place: Place) -> None:
             wrong += faults
     assert not wrong, "\n".join(wrong)
     assert killed >= POINTS
+    assert point <= BESIDE * POINT_SECONDS, f"{point:.1f} s a point"
 
 
 def differences(found: object, golden: object) -> list[str]:

@@ -22,8 +22,8 @@ from charts import needs_helm
 from emrakul.api.policy import StoreSpec
 from emrakul.cluster import access
 from emrakul.cluster.access import Access, Runs
-from emrakul.cluster.config import Images, OperatorConfig
 from emrakul.cluster.kube import Kube
+from emrakul.runtime.config import Images, OperatorConfig
 from leyline.records import Kind
 
 

@@ -54,11 +54,15 @@ class Release:
     def test(self) -> str:
         return self.cluster.helm("test", self.name, f"--namespace={self.namespace}", "--timeout=120s")
 
-    def kill(self) -> None:
-        """As a machine that fails: no time to say goodbye. Another pod follows by itself."""
+    def kill(self) -> str:
+        """As a machine that fails, no time to say goodbye; another pod follows by itself. What this one's log said."""
+        said = ""
+        with suppress(CommandFailed):  # a pod that has not begun has said nothing
+            said = self.log()
         self.cluster.kubectl(
             "delete", "pod", _SELECTOR, f"--namespace={self.namespace}", "--grace-period=0", "--force", "--wait=false"
         )
+        return said
 
     def wait_ready(self) -> None:
         wait_until(f"the operator of release {self.name} is ready", self._is_ready, seconds=120)

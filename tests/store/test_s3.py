@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from faults import Faults
 from leyline.open import open_store, probe
-from leyline.s3 import S3Store
+from leyline.s3 import Credentials, S3Store
 from leyline.store import CHUNK, Damaged, Exists, NotFound, Refused, StoreError, Unreachable, Unsuitable
 from servers import S3Server, free_ports, rclone
 
@@ -37,6 +38,17 @@ def test_a_lost_response_of_a_put_is_repaired(s3: S3Store, faults: Faults) -> No
     s3.put_if_absent("a", b"mine")
     assert s3.get("a") == b"mine"
     assert faults.seen["PutObject"] == 2
+
+
+def test_a_store_that_takes_requests_and_answers_none_has_the_deadline_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        credentials = Credentials(access_key="a", secret_key="b")
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        store = S3Store("runs", "one", endpoint=endpoint, region="us-east-1", credentials=credentials, deadline=1.0)
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match=f"the store at {endpoint} does not answer"):
+            store.head("log/0/0.json")
+    assert time.monotonic() - began < 3
 
 
 def test_a_lost_response_does_not_hide_another_writer(s3: S3Store, faults: Faults) -> None:

@@ -30,8 +30,8 @@ from charts import (
 )
 from emrakul.api.manifest import load_manifest, load_policy
 from emrakul.cluster import values
-from emrakul.cluster.config import Keys, OperatorConfig
 from emrakul.cluster.values import Values
+from emrakul.runtime.config import Keys, OperatorConfig
 from emrakul.settings import Settings
 
 EXAMPLES = ROOT / "examples" / "cluster"
@@ -61,6 +61,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logLevel": "trace"}, "logLevel"),
     ({"metrics": {"rules": {"enabled": "yes"}}}, "enabled"),
     ({"networkPolicy": {"storePorts": [70000]}}, "storePorts"),
+    # what the API server would refuse, or take for something else
+    ({"podLabels": {"app.kubernetes.io/name": "mine"}}, "podLabels"),
+    ({"podAnnotations": {"checksum/config": "mine"}}, "podAnnotations"),
+    ({"namespaces": ["team-a", "team-a"]}, "namespaces"),
+    ({"allowedRunPrefixes": {"Team_A": ["s3://models"]}}, "allowedRunPrefixes"),
+    ({"extraVolumes": [{"name": "tmp", "emptyDir": {}}]}, "extraVolumes"),
+    ({"extraVolumes": [{"emptyDir": {}}]}, "extraVolumes"),
+    ({"extraVolumeMounts": [{"name": "scratch", "mountPath": "/tmp/"}]}, "extraVolumeMounts"),
+    ({"networkPolicy": {"apiServerPorts": [], "storePorts": [], "sinkPorts": []}}, "apiServerPorts"),
 ]
 
 

@@ -153,12 +153,22 @@ def test_another_configuration_is_another_pod() -> None:
 
 @needs_helm
 @pytest.mark.parametrize(
-    ("release", "name"), [("emrakul", "emrakul"), ("emrakul-operator", "emrakul-operator"), ("blue", "blue-emrakul")]
+    ("release", "name"),
+    [
+        ("emrakul", "emrakul"),
+        ("emrakul-operator", "emrakul-operator"),
+        ("blue", "blue-emrakul"),
+        ("my.emrakul", "my-emrakul"),
+        ("2.blue", "r2-blue-emrakul"),
+    ],
 )
 def test_names_follow_the_release(release: str, name: str) -> None:
     objects = render(FULL, release=release)
     assert only(objects, "Deployment")["metadata"]["name"] == name
     assert config_of(objects).workers.service_account_name == f"{name}-worker"
+    service = only(objects, "Service")["metadata"]
+    assert service["name"] == name and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert service["labels"]["app.kubernetes.io/instance"] == release
 
 
 @needs_helm

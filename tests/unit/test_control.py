@@ -14,10 +14,11 @@ import pytest
 
 from emrakul.api.policy import PolicySpec
 from emrakul.control import Controller
-from emrakul.core import plan
+from emrakul.core import ending, plan
 from emrakul.core.plan import next_actions
 from emrakul.core.snapshot import Ask, Job, Phase, Snapshot
 from emrakul.finding import Finding
+from emrakul.invalid import Invalid
 from emrakul.observe import Observer
 from emrakul.rollback import Request, roll_back
 from emrakul.settings import Settings
@@ -82,6 +83,23 @@ def test_a_cycle_on_a_retired_base_is_refused_and_not_tried_for_ever(run: Histor
     _, found = controller(run, old).step()
     assert found.done
     assert found.refused is not None and found.refused.reason is Reason.SUPERSEDED
+
+
+def test_a_cycle_of_a_newer_version_is_left_alone(run: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = run.publish(100)
+    driver = controller(run, base)
+    ask = Ask(base=base, settings=ON, runtime="local")
+    admit = ending.admit(driver.cycle, ask, stage=Stage.CONSERVATIVE, checkpoint=None)
+    newer = admit.model_copy(update={"body": admit.body.model_copy(update={"protocol": 2})})
+    with monkeypatch.context() as newer_version:
+        newer_version.setattr("leyline.rules.PROTOCOL", 2)
+        admitted = run.log.append(newer, base=-1).record.n
+    with pytest.raises(Invalid, match="was admitted with protocol 2, and this version knows none above 1"):
+        driver.step()
+    assert run.log.tail().record.n == admitted
+    ended = Outcome(base=base, outcome="Skipped", ladder=Ladder(), breaker=Breaker())
+    run.log.append(Draft(id=driver.cycle, reason=Reason.ABANDONED, body=ended), base=-1)
+    assert driver.step()[1].state == "Skipped", "how it ended everybody may read"
 
 
 def test_an_end_does_not_undo_the_demotion_of_a_rollback_that_came_first(

@@ -12,7 +12,8 @@ import pytest
 
 from emrakul.cluster.health import Health, HealthServer
 from emrakul.cluster.metrics import Metrics
-from leyline.store import Unreachable
+from leyline.log import StoreReverted
+from leyline.store import NotFound, StoreError, Unreachable
 
 Ask = Callable[[str], Awaitable[tuple[int, Any]]]
 DOWN = Unreachable("https://store.example: no answer")
@@ -120,6 +121,13 @@ def test_a_store_that_is_away_makes_it_unready_and_never_dead(health: Health, cl
         assert await ask("/readyz") == (200, "ok\n")
 
     served(health, test)
+
+
+@pytest.mark.parametrize("error", [NotFound("log/0/3.json does not exist"), StoreReverted("record 3 is gone")])
+def test_a_store_that_says_what_it_lacks_does_answer(health: Health, error: StoreError) -> None:
+    health.store_said("s3://a/one", DOWN)
+    health.store_said("s3://a/one", error)
+    assert health.unready is None
 
 
 def test_one_tenants_store_is_not_everybodys(health: Health) -> None:

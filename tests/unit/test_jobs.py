@@ -246,6 +246,19 @@ class TestRestricted:
         with pytest.raises(Invalid, match=rf"node is of kind {kind}"):
             make.job(overrides=make.overrides(volumes=[volume]))
 
+    @pytest.mark.parametrize(
+        "token", [{}, {"audience": ""}, {"audience": "https://kubernetes.default.svc.cluster.local"}]
+    )
+    def test_nor_gets_a_token_of_the_api_server(self, token: dict[str, Any]) -> None:
+        def mounted(token: dict[str, Any]) -> make.Body:
+            sources = [{"configMap": {"name": "ca"}}, {"serviceAccountToken": {"path": "token", **token}}]
+            volume = {"name": "cloud", "projected": {"sources": sources}}
+            return make.job(overrides=make.overrides(volumes=[volume]))
+
+        with pytest.raises(Invalid, match="cloud has a serviceAccountToken for the API server; name the audience"):
+            mounted(token)
+        assert mounted({"audience": "sts.amazonaws.com"})
+
     def test_the_charts_overrides_are_held_to_it_too(self) -> None:
         config = make.config(workers={"podOverrides": {"securityContext": {"runAsUser": 0}}})
         with pytest.raises(Invalid, match="runAsUser is 0"):

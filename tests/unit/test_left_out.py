@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 
 from emrakul.cluster import main
-from emrakul.cluster.config import Images, OperatorConfig
 from emrakul.cluster.freshness import Freshness
 from emrakul.cluster.health import Health
 from emrakul.cluster.kube import Forbidden, Kube
 from emrakul.cluster.metrics import Metrics
+from emrakul.runtime.config import Images, OperatorConfig
 
 CONFIG = OperatorConfig(images=Images(worker="w", validator="v"), namespaces=("team-a", "team-b"))
 

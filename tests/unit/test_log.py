@@ -30,7 +30,7 @@ from leyline.log import Log, NoRun, NotAllowed, StoreReverted, verify
 from leyline.model import Malformed
 from leyline.records import Draft
 from leyline.rules import kept, protected
-from leyline.store import Unreachable
+from leyline.store import NotFound, Unreachable
 from wrapped import Failing, Killed, Mortal, Wrapped
 
 
@@ -348,6 +348,19 @@ def test_a_log_that_is_open_already_is_held_to_what_a_status_saw(store: LocalSto
         log.expect(9, tail.digest)
     with pytest.raises(StoreReverted, match="another one"):
         log.expect(3, tail.digest)
+
+
+def test_what_was_read_and_is_gone_is_told_by_whoever_reads_it_again(store: LocalStore) -> None:
+    log = write(store, *PRUNED)
+    newest = log.tail().record.n
+    log.check()
+    store.delete(layout.record(newest))
+    assert log.tail().record.n == newest, "nothing new, as far as one can see"
+    for look in (log.check, lambda: log.read(newest), lambda: list(log.since(0))):
+        with pytest.raises(StoreReverted, match=f"record {newest} was seen before and is gone"):
+            look()
+    with pytest.raises(NotFound):
+        log.read(newest + 1)
 
 
 # --- trust ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from emrakul.cluster.config import OperatorConfig, load_config
 from emrakul.invalid import Invalid
+from emrakul.runtime.config import OperatorConfig, load_config
 
 IMAGES = "images: {worker: w, validator: v}\n"
 

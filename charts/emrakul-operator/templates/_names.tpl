@@ -1,5 +1,7 @@
+{{- /* A release may have dots in its name and begin with a digit, a Service may not. */}}
 {{- define "emrakul.name" -}}
-{{- if contains "emrakul" .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name | trunc 47 }}-emrakul{{ end }}
+{{- $release := regexReplaceAll "^([0-9])" (.Release.Name | replace "." "-") "r${1}" }}
+{{- if contains "emrakul" $release }}{{ $release }}{{ else }}{{ $release | trunc 47 | trimSuffix "-" }}-emrakul{{ end }}
 {{- end }}
 
 {{- /* For objects outside of the release's namespace, where releases of the same name would meet. */}}

@@ -131,3 +131,8 @@ def set_condition(
 def rfc3339(time: datetime) -> str:
     """Seconds in UTC, as Kubernetes writes times."""
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(text: str) -> datetime:
+    """RFC 3339, as Kubernetes writes it, with or without fractions of a second."""
+    return datetime.fromisoformat(text)

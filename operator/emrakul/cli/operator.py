@@ -30,8 +30,8 @@ def command(path: Path, *, log_format: str, log_level: str) -> None:
     """Follow policies and cycles of a cluster, or of some namespaces, until SIGTERM."""
     try:
         from emrakul.cluster import main
-        from emrakul.cluster.config import load_config
         from emrakul.cluster.kube import KubeError
+        from emrakul.runtime.config import load_config
     except ModuleNotFoundError as error:
         raise Invalid(
             f"{error.name} is not installed; the operator needs `pip install 'emrakul[kubernetes]'`"

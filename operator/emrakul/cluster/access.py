@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emrakul.api.policy import StoreSpec
-from emrakul.cluster.config import OperatorConfig
 from emrakul.cluster.kube import SECRETS, Forbidden, Kube
+from emrakul.runtime.config import OperatorConfig
 from leyline.envelope import SigningKey, Trust, signing_keys_from_environment, trust_from_environment
 from leyline.log import Log
 from leyline.open import open_store, probe
@@ -24,6 +24,8 @@ KEPT = 2_000
 """Opened runs that are kept: each holds its newest record and state."""
 SECRET_SECONDS = 60.0
 """How old a Secret may be: a rotated key is used after this long."""
+CHECK_SECONDS = 30.0
+"""How long a log may be read on without a look at what was read of it before: an older copy goes unnoticed so long."""
 SECRET_BYTES = 200_000
 LARGEST_BYTES = 128 * 1024 * 1024
 """Objects that are read as a whole are at most this large (masks of a billion single weights are): what a tenant's run
@@ -58,8 +60,10 @@ class OpenRun:
     store: ObjectStore
     log: Log
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    checked: int = -1
-    """The newest record that a status named and that was found in the log."""
+    seen: tuple[int, str] = (-1, "")
+    """The newest record that a status named: what one resource saw, the log is held to for all of them."""
+    checked: float = field(default_factory=time.monotonic)
+    """When it and the newest record that was read were last found in the log."""
     told: int = -1
     """The newest record of which those who wait for this run were told."""
 
@@ -104,10 +108,12 @@ class Runs:
         while len(self._open) > KEPT:
             self._open.popitem(last=False)
         run = found[1]
-        if seen is not None and seen[0] > run.checked:
+        if seen is not None and seen[0] > run.seen[0]:
+            run.seen, run.checked = seen, float("-inf")
+        if time.monotonic() - run.checked > CHECK_SECONDS:
             async with run.lock:
-                await asyncio.to_thread(run.log.expect, *seen)
-            run.checked = seen[0]
+                await asyncio.to_thread(_check, run)
+            run.checked = time.monotonic()
         return run
 
     def _make(self, access: Access, reached: _Reached, seen: tuple[int, str] | None) -> OpenRun:
@@ -123,7 +129,7 @@ class Runs:
         log = Log(store, keys=self.keys, trust=self.trust, seen=seen)
         log.tail()
         probe(store)
-        return OpenRun(access=access, store=store, log=log)
+        return OpenRun(access=access, store=store, log=log, seen=seen or (-1, ""))
 
     async def _reach(self, access: Access) -> _Reached:
         spec = access.store
@@ -177,6 +183,14 @@ class Runs:
                 old.unlink()  # a client has read its own when it was made
             path.write_text(pem)
         return str(path)
+
+
+def _check(run: OpenRun) -> None:
+    """StoreReverted unless all that was ever seen of the log still stands there. In a thread."""
+    n, digest = run.seen
+    if n >= 0:
+        run.log.expect(n, digest)
+    run.log.check()
 
 
 def _value(data: dict[str, str], key: str, namespace: str, name: str) -> str:

@@ -126,7 +126,11 @@ class CycleReconciler:
         except (NotYet, NotReady, NoRun) as error:
             await self.teller.unable(subject, "Waiting", str(error))
             return SOON_SECONDS
+        except Invalid as error:  # a newer version admitted it
+            await self.teller.unable(subject, "Waiting", str(error))
+            return RESYNC_SECONDS
         except StoreReverted as error:
+            self.services.health.store_said(self._known[key].name, error)
             self.services.metrics.store_error(error)
             await self.teller.unable(subject, "StoreReverted", str(error))
             return RESYNC_SECONDS
@@ -147,7 +151,10 @@ class CycleReconciler:
         subject = replace(subject, status=subject.status.model_copy(update={"frozen": source.frozen}))
         access = Access(namespace=subject.key.namespace, run=source.run, store=source.frozen.store)
         self._known[subject.key] = access
-        run = await self.services.runs.open(access, seen=seen_of(subject.status))
+        known = subject.uid in self._driven
+        run = await self.services.runs.open(
+            access, seen=seen_of(subject.status) if known else await self.sources.seen(subject, source)
+        )
         self.services.attend(run, subject.key)
         async with run.lock:
             ask, name = await asyncio.to_thread(self._ask, subject, run, source)

@@ -16,13 +16,16 @@ from typing import Any
 from aiohttp import web
 
 from emrakul.cluster.metrics import Metrics
-from leyline.store import Changed, Damaged, NotFound, StoreError
+from leyline.log import StoreReverted
+from leyline.store import Changed, Damaged, Exists, NotFound, StoreError
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format, as every version of it reads it."""
 STOP_SECONDS = 2.0
 FORGET_SECONDS = 300.0
 """A store that was not asked for so long (live runs: each minute) is nobody's any more, and says nothing."""
+
+OF_OBJECTS = (NotFound, Exists, Changed, Damaged, StoreReverted)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Health:
 
     def store_said(self, run: str, error: StoreError | None = None) -> None:
         """What the store of this run answered last; that an object is damaged or gone is an answer too."""
-        if error is None or isinstance(error, NotFound | Changed | Damaged):
+        if error is None or isinstance(error, OF_OBJECTS):
             self._stores[run] = _Store(self._clock())
             return
         before = self._stores.get(run)

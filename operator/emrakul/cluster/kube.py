@@ -46,7 +46,11 @@ class KubeError(Exception):
 
 
 class AlreadyExists(KubeError):
-    """An object of this name is there."""
+    """409: an object of this name is there."""
+
+
+class Conflict(KubeError):
+    """409 for any other reason: a precondition does not hold, or something was changed at the same moment."""
 
 
 class Rejected(KubeError):
@@ -133,7 +137,7 @@ class Kube:
         options = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
             await self._ask("DELETE", kind.path(namespace, name), body=options, absent=True)
-        except AlreadyExists:  # 409: another object of that name, which is not ours to delete
+        except Conflict:  # another object of that name, which is not ours to delete
             return
 
     async def _ask(
@@ -177,13 +181,15 @@ class Kube:
 
 
 def _error(method: str, path: str, code: int, data: bytes) -> KubeError:
+    reason = None
     try:
-        said = str(json.loads(data)["message"])
+        status = json.loads(data)
+        said, reason = str(status["message"]), status.get("reason")
     except (ValueError, KeyError, TypeError):
         said = data.decode(errors="replace")[:200]
     sentence = f"{method} {path}: {said} ({code})"
     if code == 409:
-        return AlreadyExists(sentence)
+        return AlreadyExists(sentence) if reason == "AlreadyExists" else Conflict(sentence)
     if code == 429 or code >= 500:
         return Unavailable(sentence)
     if code in (400, 422):

@@ -15,7 +15,6 @@ import kopf
 from emrakul.api import labels
 from emrakul.cluster import handlers
 from emrakul.cluster.access import NotReady, Runs
-from emrakul.cluster.config import OperatorConfig
 from emrakul.cluster.cycle import CycleReconciler
 from emrakul.cluster.ended import EndedCycles
 from emrakul.cluster.freshness import Freshness
@@ -29,6 +28,7 @@ from emrakul.cluster.sink import Sinks
 from emrakul.cluster.source import Sources
 from emrakul.cluster.supervisor import WORKERS, Key, Supervisor
 from emrakul.cluster.telling import Teller
+from emrakul.runtime.config import OperatorConfig
 from leyline.store import StoreError
 
 log = logging.getLogger("emrakul")

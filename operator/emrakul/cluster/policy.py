@@ -99,6 +99,7 @@ class PolicyReconciler:
             await self._unready(key, body, before, "Waiting", str(error))
             return self._poll()
         except StoreReverted as error:
+            self.services.health.store_said(self._access(key, policy.spec).name, error)
             self.services.metrics.store_error(error)
             await self._unready(key, body, before, "StoreReverted", str(error))
             return RESYNC_SECONDS

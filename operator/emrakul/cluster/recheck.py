@@ -8,14 +8,15 @@ from typing import Any
 from emrakul.api import labels
 from emrakul.api.policy import PolicySpec
 from emrakul.cluster.children import Children, Taken
-from emrakul.cluster.config import OperatorConfig
 from emrakul.cluster.kube import Forbidden, Rejected
 from emrakul.cluster.services import Services
 from emrakul.cluster.source import frozen_of
 from emrakul.cluster.supervisor import Key
 from emrakul.rollback import NoAnswer
 from emrakul.runtime import podends
+from emrakul.runtime.config import OperatorConfig
 from emrakul.runtime.jobs import recheck
+from emrakul.runtime.jobstatus import terminal
 from emrakul.runtime.pods import Owner, Terms
 from leyline import exits
 
@@ -58,12 +59,12 @@ class Recheck:
         if found:
             newest = max(found, key=lambda job: int(job["metadata"]["labels"][labels.LAUNCH]))
             attempt = int(newest["metadata"]["labels"][labels.LAUNCH]) + 1
-            match _ended(newest):
-                case None:
-                    raise NoAnswer(f"the validator is looking at record {record}")
-                case "Complete":
-                    self._clear(found)
-                    return None
+            end = terminal(newest)
+            if end is None:
+                raise NoAnswer(f"the validator is looking at record {record}")
+            if end["type"] == "Complete":
+                self._clear(found)
+                return None
             ends = podends.ends(self.children.pods(newest))
             said = ends[-1].said if ends else ""
             if any(end.code == exits.BAD_INPUT for end in ends):
@@ -80,9 +81,3 @@ class Recheck:
     def _clear(self, jobs: list[dict[str, Any]]) -> None:
         for job in jobs:
             self.children.delete(job)
-
-
-def _ended(job: dict[str, Any]) -> str | None:
-    """The Job's terminal condition."""
-    conditions = (job.get("status") or {}).get("conditions") or []
-    return next((c["type"] for c in conditions if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from emrakul.api import labels
 from emrakul.api.cycle import CycleStatus
-from emrakul.api.resource import ConditionType
+from emrakul.api.resource import ConditionType, parse_time
 
 
 def seconds_left(status: CycleStatus, ttl: int | None, now: datetime) -> float | None:
@@ -16,8 +16,7 @@ def seconds_left(status: CycleStatus, ttl: int | None, now: datetime) -> float |
     ended = next((c for c in status.conditions if c.type is ConditionType.COMPLETE and c.status == "True"), None)
     if ended is None or ttl is None:
         return None
-    at = datetime.fromisoformat(ended.last_transition_time.replace("Z", "+00:00"))
-    return (at + timedelta(seconds=ttl) - now).total_seconds()
+    return (parse_time(ended.last_transition_time) + timedelta(seconds=ttl) - now).total_seconds()
 
 
 def beyond(cycles: Iterable[dict[str, Any]], limit: int) -> tuple[dict[str, Any], ...]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from emrakul.api import labels
 from emrakul.cluster.access import OpenRun, Runs
-from emrakul.cluster.config import OperatorConfig
 from emrakul.cluster.health import Health
 from emrakul.cluster.kube import Body, Kube
 from emrakul.cluster.metrics import Metrics
 from emrakul.cluster.sink import Sinks
 from emrakul.cluster.supervisor import Key
+from emrakul.runtime.config import OperatorConfig
 from leyline.fold import RunState
 
 CYCLE = "PruningCycle"

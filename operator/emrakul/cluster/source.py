@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from emrakul.api import labels
 from emrakul.api.cycle import Frozen
 from emrakul.api.manifest import parse_resource, run_of
-from emrakul.api.policy import PodOverrides, PolicySpec, PruningPolicy, StoreSpec
+from emrakul.api.policy import PodOverrides, PolicySpec, PruningPolicy, Seen, StoreSpec
 from emrakul.cluster import retention
 from emrakul.cluster.kube import CYCLES, POLICIES
 from emrakul.cluster.services import Services
-from emrakul.cluster.subject import Subject, is_admitted, plain
+from emrakul.cluster.subject import Subject, is_admitted, plain, seen_of
 from emrakul.finding import Finding
 from emrakul.invalid import Invalid
 from emrakul.runtime.overrides import layered
@@ -75,6 +77,21 @@ class Sources:
                 "allowedRunPrefixes has it",
             )
         return source
+
+    async def seen(self, subject: Subject, source: Source) -> tuple[int, str] | None:
+        """The newest record that the cycle's status or its policy's names, for a run that this process has not read.
+
+        A policy has mostly seen more: on an older copy of the log the cycle alone would go on where it must not.
+        """
+        own, ref = seen_of(subject.status), subject.cycle.spec.policy_ref
+        body = await self.services.kube.get(POLICIES, subject.key.namespace, ref.name) if ref else None
+        if body is None or str(body["spec"].get("run", "")).rstrip("/") != source.run:
+            return own
+        try:
+            its = Seen.model_validate((body.get("status") or {})["seen"])
+        except (KeyError, ValidationError):  # made again from the log
+            return own
+        return max((its.record, its.digest), own or (-1, ""))
 
     async def _policy(self, subject: Subject) -> PruningPolicy | None:
         ref = subject.cycle.spec.policy_ref

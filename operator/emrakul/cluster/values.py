@@ -11,7 +11,7 @@ from pydantic import Field
 
 from emrakul.api.policy import Objects, PodOverrides, SecretRef, Strings
 from emrakul.api.resource import Label, Model, Text
-from emrakul.cluster.config import Defaults, RunPrefix
+from emrakul.runtime.config import Defaults, RunPrefix
 
 # Helm's users unset a text by writing "", and `--set key=` gives it to them.
 MaybeName = Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$", max_length=63)]
@@ -19,7 +19,40 @@ AnyName = Annotated[str, Field(pattern=r"^(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?)$", 
 MaybeUrl = Annotated[str, Field(pattern=r"^(https?://.+)?$", max_length=1024)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Ports = Annotated[tuple[Port, ...], Field(max_length=16)]
+SomePorts = Annotated[Ports, Field(min_length=1)]
 Duration = Annotated[str, Field(pattern=r"^[1-9][0-9]*(s|m|h)$", max_length=8)]
+# Helm checks no model, only the schema made of it: what the API server takes once, and names that the chart has taken.
+_ONCE: dict[str, Any] = {"uniqueItems": True}
+Namespaces = Annotated[tuple[Label, ...], Field(max_length=256, json_schema_extra=_ONCE)]
+_LABELS = ("helm.sh/chart", *(f"app.kubernetes.io/{name}" for name in ("name", "instance", "version", "managed-by")))
+PodLabels = Annotated[Strings, Field(json_schema_extra={"properties": dict.fromkeys(_LABELS, False)})]
+PodAnnotations = Annotated[Strings, Field(json_schema_extra={"properties": {"checksum/config": False}})]
+Volumes = Annotated[
+    Objects,
+    Field(
+        json_schema_extra={
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {
+                    "name": {"not": {"enum": ["config", "tmp", "trust", "signing-key", "data-key", "ca-bundle"]}}
+                },
+            }
+        }
+    ),
+]
+VolumeMounts = Annotated[
+    Objects,
+    Field(
+        json_schema_extra={
+            "items": {
+                "type": "object",
+                "required": ["name", "mountPath"],
+                "properties": {"mountPath": {"not": {"pattern": "^/(tmp|etc/emrakul(-ca|-keys/[^/]*)?)/*$"}}},
+            }
+        }
+    ),
+]
 
 
 class Image(Model):
@@ -111,8 +144,8 @@ class NetworkPolicies(Model):
     """Network policies of the operator and of worker pods, where the cluster's network enforces such."""
 
     enabled: bool = False
-    api_server_ports: Ports = (443, 6443)
-    """Reached by the operator only."""
+    api_server_ports: SomePorts = (443, 6443)
+    """Reached by the operator only, which can do nothing without."""
     store_ports: Ports = (443,)
     """Of stores and of the cloud's token service, reached by the operator and by worker pods."""
     sink_ports: Ports = ()
@@ -122,11 +155,11 @@ class NetworkPolicies(Model):
 class Values(Model):
     """Everything that can be set on the chart. A key that is not here is refused."""
 
-    namespaces: Annotated[tuple[Label, ...], Field(max_length=256)] = ()
+    namespaces: Namespaces = ()
     """Namespaces that are watched, with a Role in each and no rights elsewhere; empty: the whole cluster."""
     operator_class: MaybeName = ""
     """Only objects whose spec.operatorClass is this are handled; "" is those without one."""
-    allowed_run_prefixes: Annotated[dict[Text, tuple[RunPrefix, ...]], Field(max_length=1024)] = {}
+    allowed_run_prefixes: Annotated[dict[AnyName, tuple[RunPrefix, ...]], Field(max_length=1024)] = {}
     """Run prefixes that each namespace may name; `*` is any namespace. Cluster-wide nothing is allowed by default."""
     defaults: Defaults = Defaults()
     """Store and settings of cycles without a policy. Secrets are looked up in the cycle's namespace."""
@@ -157,13 +190,14 @@ class Values(Model):
     priority_class_name: Annotated[str, Field(max_length=253)] = ""
     run_as_user: Annotated[int, Field(ge=1)] | None = 65532
     """Null where the cluster chooses one, as OpenShift does."""
-    pod_annotations: Strings = {}
-    pod_labels: Strings = {}
+    pod_annotations: PodAnnotations = {}
+    pod_labels: PodLabels = {}
+    """Beside those of the chart, which are what its Service, its network policies and Helm find the pod by."""
     extra_env: Objects = ()
     """Of the operator's container: a proxy, AWS_REGION."""
-    extra_volumes: Objects = ()
+    extra_volumes: Volumes = ()
     """Of the operator's pod: a token for a cloud of another cluster."""
-    extra_volume_mounts: Objects = ()
+    extra_volume_mounts: VolumeMounts = ()
     metrics: Metrics = Metrics()
     network_policy: NetworkPolicies = NetworkPolicies()
 
@@ -195,4 +229,6 @@ def _plain(node: Any) -> Any:
         kept = {**choices[0], **kept}
     if "$ref" in kept:
         kept.pop("default", None)
+    if "patternProperties" in kept:  # a key that fits none of them is none of the model's
+        kept["additionalProperties"] = False
     return kept

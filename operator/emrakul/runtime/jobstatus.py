@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from emrakul.api import labels
+from emrakul.api.resource import parse_time
 from emrakul.core.snapshot import Job, Phase
 from emrakul.runtime import podends
 from emrakul.runtime.pods import Body
@@ -17,7 +18,7 @@ def job_of(job: Body, pods: Sequence[Body] = (), events: Sequence[Body] = ()) ->
     """What is known of one launch. `pods` and `events` are those that `needs_pods` and `events_from` ask for."""
     marks = job["metadata"]["labels"]
     ended = podends.ends(pods)
-    running = _terminal(job) is None
+    running = terminal(job) is None
     return Job(
         phase=Phase(marks[labels.PHASE]),
         launch=int(marks[labels.LAUNCH]),
@@ -30,6 +31,11 @@ def job_of(job: Body, pods: Sequence[Body] = (), events: Sequence[Body] = ()) ->
         out_of_memory=next((end.out_of_memory for end in reversed(ended) if end.out_of_memory), ""),
         message=_message(job, pods, events, ended),
     )
+
+
+def terminal(job: Body) -> dict[str, Any] | None:
+    """Complete or Failed. Until then pods of it may still run, whatever else its conditions announce."""
+    return _is_true(job, "Complete", "Failed")
 
 
 def needs_pods(job: Body) -> bool:
@@ -62,9 +68,8 @@ def _message(job: Body, pods: Sequence[Body], events: Sequence[Body], ended: Seq
     final = [end for end in ended if end.code in (exits.BAD_INPUT, exits.KEY)]
     if ended and (said := (final or ended)[-1].said):
         return said
-    terminal = _terminal(job)
-    if terminal is not None:
-        return str(terminal.get("message", "")) if terminal["type"] == "Failed" else ""
+    if (end := terminal(job)) is not None:
+        return str(end.get("message", "")) if end["type"] == "Failed" else ""
     return podends.waits(pods) or _newest_warning(events)
 
 
@@ -77,27 +82,22 @@ def _happened(event: Body) -> datetime:
     """A series counts its last; other writers fill other fields."""
     series = event.get("series") or {}
     text = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
-    return podends.time(text or event["metadata"]["creationTimestamp"])
+    return parse_time(text or event["metadata"]["creationTimestamp"])
 
 
 def _since(job: Body) -> datetime:
     """Since when it may start workers: a queue that lets it go, or lets it go again, sets its start time anew."""
-    return podends.time(_status(job).get("startTime") or job["metadata"]["creationTimestamp"])
+    return parse_time(_status(job).get("startTime") or job["metadata"]["creationTimestamp"])
 
 
 def _suspended(job: Body) -> bool:
     """Until the Job controller has seen that it is let go: its start time is an old one, or none, before that."""
     held = job["spec"].get("suspend") or _is_true(job, "Suspended")
-    return bool(held) and _terminal(job) is None
+    return bool(held) and terminal(job) is None
 
 
 def _works(job: Body) -> bool:
-    return _terminal(job) is None and not _suspended(job)
-
-
-def _terminal(job: Body) -> dict[str, Any] | None:
-    """Complete or Failed. Until then pods of it may still run, whatever else its conditions announce."""
-    return _is_true(job, "Complete", "Failed")
+    return terminal(job) is None and not _suspended(job)
 
 
 def _is_true(job: Body, *kinds: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Protocol
 
-from emrakul.api.resource import GROUP
+from emrakul.api.resource import GROUP, parse_time
 from emrakul.core.snapshot import Job, Phase
 from emrakul.runtime.jobstatus import events_from, job_of, needs_pods
 
@@ -96,5 +96,5 @@ def _by_the_stores_clock(body: Body, job: Job) -> Job:
     marked = (body["metadata"].get("annotations") or {}).get(LAUNCHED)
     if marked is None:
         return job
-    made = datetime.fromisoformat(body["metadata"]["creationTimestamp"].replace("Z", "+00:00"))
-    return replace(job, created=job.created + (datetime.fromisoformat(marked) - made))
+    made = parse_time(body["metadata"]["creationTimestamp"])
+    return replace(job, created=job.created + (parse_time(marked) - made))

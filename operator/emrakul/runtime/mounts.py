@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emrakul.api.policy import StoreSpec
-from emrakul.cluster.config import Keys
+from emrakul.runtime.config import Keys
 from emrakul.runtime.overrides import FOLDER, RESERVED, TEMPORARY
 from leyline.crypt import DATA_KEY
 from leyline.envelope import SIGNING_KEY, TRUST

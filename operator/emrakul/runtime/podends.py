@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from emrakul.api.resource import parse_time
 from emrakul.runtime.pods import CONTAINER, Body
 from leyline import exits
 
@@ -57,11 +58,6 @@ def silent(pods: Iterable[Body]) -> Body | None:
     return next((pod for pod in _beginning(pods) if not _waiting(pod) and not _unscheduled(pod)), None)
 
 
-def time(text: str) -> datetime:
-    """RFC 3339, as Kubernetes writes it, with or without fractions of a second."""
-    return datetime.fromisoformat(text)
-
-
 def _end(at: datetime, pod: Body) -> End:
     terminated = _terminated(pod)
     code = terminated.get("exitCode")
@@ -78,7 +74,7 @@ def _end(at: datetime, pod: Body) -> End:
 
 
 def _ended_at(pod: Body) -> datetime:
-    return time(_terminated(pod).get("finishedAt") or pod["metadata"]["creationTimestamp"])
+    return parse_time(_terminated(pod).get("finishedAt") or pod["metadata"]["creationTimestamp"])
 
 
 def _beginning(pods: Iterable[Body]) -> Sequence[Body]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from emrakul.api.policy import PodOverrides, StoreSpec
-from emrakul.cluster.config import OperatorConfig
 from emrakul.core.snapshot import Phase
 from emrakul.runtime import mounts, restricted
+from emrakul.runtime.config import OperatorConfig
 from emrakul.runtime.overrides import layered
 from emrakul.settings import Settings
 

@@ -29,6 +29,10 @@ WHO = ("runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy", "supplementa
 VOLUMES = ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
 
 
+API_SERVER = "https://kubernetes.default.svc"
+"""The audience of a cluster's own API server, by default."""
+
+
 def check(overrides: PodOverrides) -> None:
     """Invalid where they ask for more than "restricted" allows."""
     for key, value in (overrides.security_context or {}).items():
@@ -46,3 +50,15 @@ def check(overrides: PodOverrides) -> None:
                     f"podOverrides.volumes: {volume.get('name')} is of kind {kind}; "
                     f"worker pods may mount {', '.join(VOLUMES)}"
                 )
+        _check_tokens(volume)
+
+
+def _check_tokens(volume: dict[str, Any]) -> None:
+    """A token without an audience is one for the API server, which a worker has no business with."""
+    for source in (volume.get("projected") or {}).get("sources") or ():
+        token = source.get("serviceAccountToken")
+        if token is not None and str(token.get("audience") or API_SERVER).startswith(API_SERVER):
+            raise Invalid(
+                f"podOverrides.volumes: {volume.get('name')} has a serviceAccountToken for the API server; name the "
+                "audience of the service that takes it, such as sts.amazonaws.com"
+            )
