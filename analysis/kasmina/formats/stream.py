@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from leyline.digest import ObjectDigest, verified_range
@@ -11,14 +11,22 @@ from leyline.store import CHUNK, ObjectStore
 
 
 def stream(
-    store: ObjectStore, key: str, digest: ObjectDigest, *, pin: str | None = None, ahead: int = 2
+    store: ObjectStore,
+    key: str,
+    digest: ObjectDigest,
+    *,
+    pin: str | None = None,
+    ahead: int = 2,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[bytes]:
-    """The chunks of the object in order; `ahead` of them are being read and checked while one is in use.
+    """The chunks of the object in order, or those of `numbers`; `ahead` of them are being read and checked while one
+    is in use.
 
     At most ahead + 1 chunks are held. Damaged if a chunk is not what `digest` says, Changed if the object is not the
     pinned one.
     """
-    ranges = [(start, min(start + CHUNK, digest.size)) for start in range(0, digest.size, CHUNK)]
+    wanted = range(len(digest.chunks)) if numbers is None else numbers
+    ranges = [(number * CHUNK, min((number + 1) * CHUNK, digest.size)) for number in wanted]
     if ahead < 1:
         for start, stop in ranges:
             yield verified_range(store, key, digest, start, stop, pin)
