@@ -138,10 +138,14 @@ def read_states(
 
 
 def order(tasks: Sequence[Task], *, worker: int, of: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """A worker's own share, and the others' tasks in the order in which it helps: from the far end, rotated."""
-    others = [task for index, task in enumerate(tasks) if index % of != worker][::-1]
+    """A worker's own share, and the others' tasks in the order in which it helps: from the far end, rotated.
+
+    A share is one run of neighbours: tasks that follow each other often meet inside one chunk, which is then read once.
+    """
+    first, last = worker * len(tasks) // of, (worker + 1) * len(tasks) // of
+    others = [*tasks[:first], *tasks[last:]][::-1]
     turn = worker % len(others) if others else 0
-    return tuple(tasks[worker::of]), (*others[turn:], *others[:turn])
+    return tuple(tasks[first:last]), (*others[turn:], *others[:turn])
 
 
 def share(
