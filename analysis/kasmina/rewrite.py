@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from kasmina.formats.index import SAFETENSORS, read_header
-from kasmina.formats.stream import stream
-from leyline.digest import Digester, ObjectDigest
+from kasmina.formats.stream import in_order
+from leyline.digest import ObjectDigest, digest_of_chunks, sha256_hex, verified_range
 from leyline.ids import canonical_name
 from leyline.masks import Dead, Masks
 from leyline.messages import StoredObject
 from leyline.model import Malformed
-from leyline.store import Data, Head, ObjectStore
+from leyline.store import CHUNK, Data, Head, ObjectStore
 from leyline.tensors import ITEMSIZE, Entry
 
 _COUNTER = "step"
@@ -49,7 +49,7 @@ def copy_masked(
         ahead,
     )
     store.put_stream(target + stored.path, copy, size=stored.digest.size)
-    return StoredObject(path=stored.path, digest=copy.digester.finish())
+    return StoredObject(path=stored.path, digest=digest_of_chunks(stored.digest.size, copy.digests))
 
 
 @dataclass
@@ -64,13 +64,16 @@ class _Copy:
     ahead: int
 
     def __iter__(self) -> Iterator[Data]:
-        self.digester = Digester()
-        start = 0
-        for chunk in stream(self.store, self.key, self.digest, pin=self.pin, ahead=self.ahead):
-            masked = _masked(chunk, start, self.extents)
-            self.digester.update(masked)
+        self.digests: list[str] = []
+        for masked, digest in in_order(self._chunk, range(len(self.digest.chunks)), ahead=self.ahead):
+            self.digests.append(digest)
             yield masked
-            start += len(chunk)
+
+    def _chunk(self, number: int) -> tuple[Data, str]:
+        """One masked chunk and its SHA-256; in the threads that read ahead, because hashing takes most of a copy."""
+        start, stop = number * CHUNK, min((number + 1) * CHUNK, self.digest.size)
+        masked = _masked(verified_range(self.store, self.key, self.digest, start, stop, self.pin), start, self.extents)
+        return masked, self.digest.chunks[number] if isinstance(masked, bytes) else sha256_hex(masked)
 
 
 def _extents(

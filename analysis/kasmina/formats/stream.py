@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from leyline.digest import ObjectDigest, verified_range
 from leyline.store import CHUNK, ObjectStore
+
+T = TypeVar("T")
 
 
 def stream(
@@ -26,16 +29,23 @@ def stream(
     pinned one.
     """
     wanted = range(len(digest.chunks)) if numbers is None else numbers
-    ranges = [(number * CHUNK, min((number + 1) * CHUNK, digest.size)) for number in wanted]
+
+    def read(number: int) -> bytes:
+        return verified_range(store, key, digest, number * CHUNK, min((number + 1) * CHUNK, digest.size), pin)
+
+    return in_order(read, wanted, ahead=ahead)
+
+
+def in_order(work: Callable[[int], T], numbers: Iterable[int], *, ahead: int) -> Iterator[T]:
+    """`work` of each number, in order; that of the next `ahead` is done in threads while one is in use."""
     if ahead < 1:
-        for start, stop in ranges:
-            yield verified_range(store, key, digest, start, stop, pin)
+        yield from map(work, numbers)
         return
     with ThreadPoolExecutor(ahead) as pool:
-        waiting: deque[Future[bytes]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
-            for start, stop in ranges:
-                waiting.append(pool.submit(verified_range, store, key, digest, start, stop, pin))
+            for number in numbers:
+                waiting.append(pool.submit(work, number))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
