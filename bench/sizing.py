@@ -13,7 +13,8 @@ NETWORK = 2.5e9
 """Bytes a second that a store elsewhere gives: 20 Gbit/s."""
 SHARDS = 4
 """Of 5 GB, as kasmina writes them: so many workers write at once."""
-WORKER, GATE = 256e6, 1e9
+GATE = 1e9
+"""Beside the model."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def sized(lines: list[Line], cores: int) -> list[Sized]:
     per = forward.figure.median / (size() / 4) * PARAMETERS * cores / CORES
     rows.append(Sized("dead-unit proof", per, "s", f"{forward.figure.median:.1f} s measured, by parameters and cores"))
     rows.append(Sized("storage phases", sum(row.value for row in rows[:3]), "s", "the first three together"))
-    workers = CORES * WORKER
-    rows.append(Sized("memory, workers", workers / 1e9, "GB", f"{CORES} x {WORKER / 1e6:.0f} MB, the limit reached"))
+    worker = next(line for line in lines if "SeaweedFS" in line.group and line.what == "peak RSS, elesh").figure
+    held = CORES * worker.median / 1e3
+    rows.append(Sized("memory, workers", held, "GB", f"{CORES} x the {worker.median:,.0f} MB measured"))
     rows.append(Sized("memory, gate", (BYTES + GATE) / 1e9, "GB", f"one model and 1 GB; of {MEMORY / 1e9:.0f} GB"))
     return rows
