@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test large api e2e cluster lint accuracy contracts constraints clean
+.PHONY: help demo test large api e2e cluster lint bench accuracy contracts constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this text
@@ -43,6 +43,10 @@ lint: $(VENV)/.ready  ## ruff, mypy --strict, import-linter, generated files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+
+SIZE ?= full
+bench: $(VENV)/.ready  ## speed and memory against references (SIZE=small: half a minute; the whole needs 40)
+	$(BIN)/python bench --size $(SIZE)
 
 accuracy: $(VENV)/.ready  ## importance against exact importance: tau, AUC, MAPE
 	$(BIN)/python bench/accuracy.py

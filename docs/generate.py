@@ -11,6 +11,10 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import page
+
 from emrakul.api.crd import definitions
 from emrakul.api.structural import REFUSED
 from emrakul.cluster import values
@@ -68,7 +72,7 @@ def render() -> dict[Path, str]:
     files[resources] = with_tables(resources.read_text())
     for crd in definitions():
         files[CRDS / f"{crd['metadata']['name']}.yaml"] = as_yaml(crd)
-    return files | chart(files)
+    return files | chart(files) | page.render(DOCS)
 
 
 def chart(files: dict[Path, str]) -> dict[Path, str]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kasmina.formats import Box, TensorRef, stream
+from kasmina.formats import Box, TensorRef
+from kasmina.formats.stream import in_order
 from kasmina.formats.zips import Checksums
-from leyline.digest import Digester, ObjectDigest
+from leyline.digest import ObjectDigest, digest_of_chunks, sha256_hex, verified_range
 from leyline.masks import Dead, Masks
 from leyline.messages import StoredObject
 from leyline.model import Malformed
-from leyline.store import Data, ObjectStore
+from leyline.store import CHUNK, Data, ObjectStore
 
 _COUNTER = "step"
 """Adam's step count: no moment, although a scalar parameter's has its parameter's shape."""
@@ -42,7 +43,7 @@ def copy_masked(
     here = tuple(sorted((each for each in zeroes if each.box.object == stored.path), key=lambda each: each.box.offset))
     copy = _Copy(store, source + stored.path, stored.digest, head.pin, here, ahead)
     store.put_stream(target + stored.path, copy, size=stored.digest.size)
-    return StoredObject(path=stored.path, digest=copy.digester.finish())
+    return StoredObject(path=stored.path, digest=digest_of_chunks(stored.digest.size, copy.digests))
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,35 @@ class _Copy:
     ahead: int
 
     def __iter__(self) -> Iterator[Data]:
-        self.digester = Digester()
+        self.digests: list[str] = []
         checksums = Checksums(each.box.record for each in self.zeroes if each.box.record)
         known = checksums.ahead
         if known:
-            for start, masked in self._masked():
+            for start, masked, _ in self._masked():
                 checksums.update(masked, start)
-        for start, masked in self._masked():
+        for start, masked, digest in self._masked():
             if not known:
                 checksums.update(masked, start)
             if places := checksums.places(start, start + len(masked)):
                 masked = bytearray(masked)
                 for at, byte in places:
                     masked[at - start] = byte
-            self.digester.update(masked)
+                digest = sha256_hex(masked)
+            self.digests.append(digest)
             yield masked
 
-    def _masked(self) -> Iterator[tuple[int, Data]]:
-        start = 0
-        for chunk in stream(self.store, self.key, self.digest, pin=self.pin, ahead=self.ahead):
-            yield start, _masked(chunk, start, self.zeroes)
-            start += len(chunk)
+    def _masked(self) -> Iterator[tuple[int, Data, str]]:
+        return in_order(self._chunk, range(len(self.digest.chunks)), ahead=self.ahead)
+
+    def _chunk(self, number: int) -> tuple[int, Data, str]:
+        """Where a chunk begins, the chunk masked, and its SHA-256.
+
+        In the threads that read ahead, because hashing takes most of a copy.
+        """
+        start, stop = number * CHUNK, min((number + 1) * CHUNK, self.digest.size)
+        chunk = verified_range(self.store, self.key, self.digest, start, stop, self.pin)
+        masked = _masked(chunk, start, self.zeroes)
+        return start, masked, self.digest.chunks[number] if masked is chunk else sha256_hex(masked)
 
 
 def _owner(tensor: str) -> tuple[str, str]:

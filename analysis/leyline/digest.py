@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -56,12 +57,16 @@ class Digester:
     def finish(self) -> ObjectDigest:
         if self._size % CHUNK:
             self._close_chunk()
-        chunks = tuple(self._chunks)
-        return ObjectDigest(size=self._size, chunks=chunks, root=_root(chunks))
+        return digest_of_chunks(self._size, self._chunks)
 
     def _close_chunk(self) -> None:
         self._chunks.append(self._chunk.hexdigest())
         self._chunk = hashlib.sha256()
+
+
+def digest_of_chunks(size: int, chunks: Sequence[str]) -> ObjectDigest:
+    """Of an object whose chunks were hashed one by one."""
+    return ObjectDigest(size=size, chunks=tuple(chunks), root=_root(tuple(chunks)))
 
 
 def digest_bytes(data: bytes | bytearray | memoryview) -> ObjectDigest:

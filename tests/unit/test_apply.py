@@ -148,13 +148,13 @@ def test_one_three_and_seven_workers_write_the_same_bytes(tmp_path: Path) -> Non
 KILLED = """
 import os, signal, sys
 from kasmina import apply, rewrite
-whole = rewrite.stream
+whole = rewrite.in_order
 def until_the_second_chunk(*args, **kwargs):
     for number, chunk in enumerate(whole(*args, **kwargs)):
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         yield chunk
-rewrite.stream = until_the_second_chunk
+rewrite.in_order = until_the_second_chunk
 apply.main(sys.argv[1:])
 """
 

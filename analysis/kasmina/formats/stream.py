@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
+from typing import TypeVar
 
 from leyline.digest import ObjectDigest, verified_range
 from leyline.store import CHUNK, ObjectStore
 
+T = TypeVar("T")
+
 
 def stream(
-    store: ObjectStore, key: str, digest: ObjectDigest, *, pin: str | None = None, ahead: int = 2
+    store: ObjectStore,
+    key: str,
+    digest: ObjectDigest,
+    *,
+    pin: str | None = None,
+    ahead: int = 2,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[bytes]:
-    """The chunks of the object in order; `ahead` of them are being read and checked while one is in use.
+    """The chunks of the object in order, or those of `numbers`; `ahead` of them are read and checked while one is used.
 
     At most ahead + 1 chunks are held. Damaged if a chunk is not what `digest` says, Changed if the object is not the
     pinned one.
     """
-    ranges = [(start, min(start + CHUNK, digest.size)) for start in range(0, digest.size, CHUNK)]
+    wanted = range(len(digest.chunks)) if numbers is None else numbers
+
+    def read(number: int) -> bytes:
+        return verified_range(store, key, digest, number * CHUNK, min((number + 1) * CHUNK, digest.size), pin)
+
+    return in_order(read, wanted, ahead=ahead)
+
+
+def in_order(work: Callable[[int], T], numbers: Iterable[int], *, ahead: int) -> Iterator[T]:
+    """`work` of each number, in order; that of the next `ahead` is done in threads while one is in use."""
     if ahead < 1:
-        for start, stop in ranges:
-            yield verified_range(store, key, digest, start, stop, pin)
+        yield from map(work, numbers)
         return
     with ThreadPoolExecutor(ahead) as pool:
-        waiting: deque[Future[bytes]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
-            for start, stop in ranges:
-                waiting.append(pool.submit(verified_range, store, key, digest, start, stop, pin))
+            for number in numbers:
+                waiting.append(pool.submit(work, number))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:

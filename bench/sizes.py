@@ -1,0 +1,78 @@
+"""How large everything is: the whole bench, and a small one that only shows that it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MI = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One size of the bench."""
+
+    name: str
+    repeats: int
+    scored: int
+    """Rows (and columns) of the matrix that is scored, and that torch-pruning's model has."""
+    transfer_bytes: int
+    layers: int
+    """Linear layers of the model whose cycle is run."""
+    width: int
+    cycles: int
+    """Cycles for each number of workers."""
+    formula: bool
+    """Also with as many workers as the formula says."""
+    raw_bytes: int
+    """What the reference reads and writes between two phases."""
+    steps: int
+    """Training steps in each half of a pair."""
+    pairs: int
+    threads: int
+    """Of the training, at most."""
+    cycles_live: int
+    """Live cycles of one process."""
+    parameters: tuple[int, ...]
+    """Layers of the models that growth goes over, of `width` each; at least two, so that there is a group."""
+    groups: tuple[int, ...]
+    records: tuple[int, ...]
+
+
+SIZES = {
+    "small": Size(
+        name="small",
+        repeats=2,
+        scored=256,
+        transfer_bytes=33 * MI,
+        layers=3,
+        width=256,
+        cycles=1,
+        formula=False,
+        raw_bytes=4 * MI,
+        steps=4,
+        pairs=2,
+        threads=1,
+        cycles_live=10,
+        parameters=(2,),
+        groups=(1, 3),
+        records=(10, 30),
+    ),
+    "full": Size(
+        name="full",
+        repeats=5,
+        scored=4096,
+        transfer_bytes=512 * MI,
+        layers=60,
+        width=4096,
+        cycles=2,
+        formula=True,
+        raw_bytes=512 * MI,
+        steps=60,
+        pairs=40,
+        threads=64,
+        cycles_live=1000,
+        parameters=(2, 6, 60),
+        groups=(1, 10, 100, 1000, 10_000),
+        records=(10, 100, 1000, 10_000, 100_000),
+    ),
+}
