@@ -71,12 +71,9 @@ def basic(weights: NDArray[np.float32], repeats: int) -> Iterator[Line]:
             yield single.magnitude_keys(flat[at : at + squares.SEGMENT], parameter="w", start=at)
 
     def ours() -> None:
-        coarse = sum(single.histogram(keys) for keys in pieces())
-        bucket = int(np.searchsorted(np.cumsum(coarse), wanted))
-        before = int(coarse[:bucket].sum())
-        fine = sum(single.refine(keys, bucket) for keys in pieces())
-        low = int(np.searchsorted(np.cumsum(fine), wanted - before))
-        tie = Tie(below=bucket << 16 | low, equal=wanted - before - int(fine[:low].sum()))
+        bucket, before = reached(single.added([single.histogram(keys) for keys in pieces()]), wanted)
+        low, fewer = reached(single.added([single.refine(keys, bucket) for keys in pieces()]), wanted - before)
+        tie = Tie(below=bucket << 16 | low, equal=wanted - before - fewer)
         taken = 0
         for keys in pieces():
             _, taken = single.select(keys, np.ones(len(keys), dtype=np.bool_), tie, taken)
@@ -94,7 +91,9 @@ def basic(weights: NDArray[np.float32], repeats: int) -> Iterator[Line]:
     torchs, mine = alternating(repeats, theirs, ours)
     yield _line("basic, three rounds", mine, "torch.nn.utils.prune.global_unstructured", torchs, flat.size)
     norms, first = alternating(
-        repeats, lambda: np.linalg.norm(weights, axis=1), lambda: sum(single.histogram(keys) for keys in pieces())
+        repeats,
+        lambda: np.linalg.norm(weights, axis=1),
+        lambda: single.added([single.histogram(keys) for keys in pieces()]),
     )
     yield _line("basic, one round (histogram)", first, "numpy's row norms (float32)", norms, flat.size)
 
@@ -111,3 +110,10 @@ def _line(what: str, ours: Sample, reference: str, theirs: Sample, params: int, 
         target="" if goal is None else f"at least {goal:,.0f} {RATE}",
         reached=None if goal is None else figure.median >= goal,
     )
+
+
+def reached(histogram: single.Sparse, wanted: int) -> tuple[int, int]:
+    """The bucket that holds the wanted-th smallest, and how many lie before it."""
+    up_to = np.cumsum(histogram.counts)
+    at = int(np.searchsorted(up_to, wanted))
+    return int(histogram.buckets[at]), int(up_to[at] - histogram.counts[at])

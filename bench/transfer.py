@@ -13,8 +13,9 @@ from lines import Line, Sample, alternating
 from raw import raw_of
 from sizes import Size
 
+from kasmina.formats import read_recognised, recognise
 from kasmina.formats.stream import stream
-from kasmina.rewrite import copy_masked
+from kasmina.rewrite import copy_masked, zeroes_of
 from leyline.digest import digest_bytes
 from leyline.ids import parameter_uuid
 from leyline.masks import Masks
@@ -49,11 +50,12 @@ def on_store(size: Size, uri: str, folder: Path, kind: str) -> Iterator[Line]:
     digest = digest_bytes(data)
     del values
     chunks = [data[at : at + CHUNK] for at in range(0, len(data), CHUNK)]
-    masks = pruned(rows)
     numbers = count()
     written: list[str] = []
     key = "checkpoints/source/model.safetensors"
     store.put_stream(key, chunks, size=len(data))
+    refs = read_recognised(store, "checkpoints/source/", recognise(store, "checkpoints/source/"))
+    zeroes = zeroes_of(refs, pruned(rows), slots=False)
 
     def line(what: str, reference: str, samples: list[Sample], goal: float | None = None) -> Line:
         against, figure = (sample.per(len(data) / 1e6) for sample in samples)
@@ -83,7 +85,7 @@ def on_store(size: Size, uri: str, folder: Path, kind: str) -> Iterator[Line]:
     def write_back() -> None:
         copy_masked(
             store, source="checkpoints/source/", target=new("ours").removesuffix("model.safetensors"),
-            stored=StoredObject(path="model.safetensors", digest=digest), masks=masks, slots=False, ahead=2,
+            stored=StoredObject(path="model.safetensors", digest=digest), zeroes=zeroes, ahead=2,
         )  # fmt: skip
 
     def write_back_plain() -> None:

@@ -102,6 +102,8 @@ def test_killed_workers_do_not_end_the_cycle(run: Path, golden: Mapping[str, byt
 def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(
     run: Path, golden: Mapping[str, bytes], asked_to_stop: signal.Signals
 ) -> None:
+    # tests that a shell runs in the background have it ignored, and so would the command
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = emrakul_run(run.parent, str(run), "--workers", "2")
     appears(run, "cycles/*/attempts/*/0")
     workers = command.workers()
