@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import pickle
 import subprocess
 import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +285,22 @@ NAMES = [
     "__metadata__",
     "0",
 ]
+
+
+def test_an_enum_as_python_3_11_0_pickles_it(store: LocalStore, tmp_path: Path) -> None:
+    """Debian 12 has such a Python; later and earlier ones name the class and the value."""
+
+    class Older(pickle.Pickler):
+        def reducer_override(self, thing: object) -> Any:
+            return (getattr, (type(thing), thing.name)) if isinstance(thing, Enum) else NotImplemented
+
+    weights = {"w": builders.tensor(np.arange(6.0).reshape(2, 3), "F32")}
+    kind, objects = stored.stored("dcp", weights, tmp_path / "scratch")
+    data = io.BytesIO()
+    Older(data).dump(pickle.loads(objects[".metadata"]))
+    assert b"getattr" in data.getvalue()
+    run = builders.make_run(store, weights={}, stored=(kind, {**objects, ".metadata": data.getvalue()}))
+    assert read_index(store, run.prefix, run.metadata)["w"].shape == (2, 3)
 
 
 @pytest.mark.parametrize("form", ["torch-zip", "dcp", "dcp-grid"])

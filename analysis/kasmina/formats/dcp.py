@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from kasmina.formats.blocks import Bytes
 from kasmina.formats.extents import Box, TensorRef
-from kasmina.formats.pickles import Call, Global, read_pickle
+from kasmina.formats.pickles import MEMBER, Call, Global, read_pickle
 from kasmina.formats.torch_zip import DTYPES, read_box, weights_of
 from leyline.model import Malformed
 
@@ -28,6 +28,7 @@ ALLOWED = frozenset(
         "torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size",
         "collections.OrderedDict", "pathlib.PosixPath", "pathlib._local.PosixPath",
         *(f"torch.{name}" for name in DTYPES),
+        MEMBER,
     }
 )  # fmt: skip
 _HEAD = 4096
