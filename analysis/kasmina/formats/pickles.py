@@ -18,7 +18,7 @@ MAX_OPERATIONS = 1_000_000
 """About 32,000 tensors; they are read in half a second and 100 MB."""
 
 MEMBER = "builtins.getattr"
-"""How Python 3.11.0 to 3.11.3 pickle a member of an enum; taken of a name that is allowed itself, and of nothing else."""
+"""How Python 3.11.0 to 3.11.3 pickle a member of an enum; taken of a name that is allowed itself, of nothing else."""
 
 _LONGEST_GLOBAL = 256
 
@@ -190,9 +190,7 @@ class _Machine:
         args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise TypeError
-        if str(function) == MEMBER and not (
-            len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str)
-        ):
+        if str(function) == MEMBER and [type(one) for one in args] != [Global, str]:
             raise self._refused(f"the name {MEMBER!r} for something that is no member of an enum")
         self.push(_mapping(args) if str(function) in _MAPPINGS else Call(function, args))
 
