@@ -353,7 +353,7 @@ DCP: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     ),
     "an absolute path": (distributed(every_place(relative_path="/etc/passwd")), "does not stand beside"),
     "os.system in .metadata": (distributed(canary), "posix.system"),
-    "an attribute of what is no enum": (lambda: {".metadata": pickle.dumps(Attribute())}, "that is no member of an enum"),
+    "an attribute of no enum": (lambda: {".metadata": pickle.dumps(Attribute())}, "that is no member of an enum"),
     "a piece beyond the object": (distributed(every_place(length=10**9)), "truncated|overlap"),
     "a negative offset": (distributed(every_place(offset=-1)), "no place for the piece"),
     "an offset that is text": (distributed(every_place(offset="0")), "no place for the piece"),
