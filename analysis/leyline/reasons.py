@@ -70,7 +70,6 @@ class Reason(StrEnum):
     # Failed
     INVALID_INPUT = "InvalidInput"
     UNTRUSTED = "Untrusted"
-    STORE_REVERTED = "StoreReverted"
     RUN_NOT_ALLOWED = "RunNotAllowed"
 
 
@@ -127,9 +126,7 @@ OUTCOME_OF: dict[Reason, Outcome] = {
         ),
         Outcome.ROLLED_BACK,
     ),
-    **dict.fromkeys(
-        (Reason.INVALID_INPUT, Reason.UNTRUSTED, Reason.STORE_REVERTED, Reason.RUN_NOT_ALLOWED), Outcome.FAILED
-    ),
+    **dict.fromkeys((Reason.INVALID_INPUT, Reason.UNTRUSTED, Reason.RUN_NOT_ALLOWED), Outcome.FAILED),
 }
 
 REMEDY: dict[Reason, str] = {
@@ -175,7 +172,6 @@ REMEDY: dict[Reason, str] = {
     Reason.INVALID_INPUT: "Nothing of it was used; the next valid checkpoint starts a new cycle.",
     Reason.UNTRUSTED: "Sign with a trusted key, or add the publisher's key to the trust folder.",
     Reason.RUN_NOT_ALLOWED: "Ask whoever installed the operator to add the prefix to allowedRunPrefixes.",
-    Reason.STORE_REVERTED: "Stop, and restore the log: it is shorter or other than what was seen before.",
 }
 
 COUNTS_FOR_BREAKER = frozenset({Outcome.ROLLED_BACK, Outcome.FAILED})

