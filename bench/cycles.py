@@ -58,7 +58,7 @@ def on_store(size: Size, run: str, data: Path, kind: str, limit: float, publishe
         options += ["--commit"] if number == len(order) else ["--number", str(number)]
         told[workers].append(child("drive.py", run, *options))
     for workers, cycles in told.items():
-        yield from phases(group, workers, cycles, published, limit if workers == cores() else None)
+        yield from phases(group, workers, cycles, published, limit if size.judged and workers == cores() else None)
     yield from memory(group, [cycle for cycles in told.values() for cycle in cycles], published)
     yield moving(group, told[order[-1]][-1])
 

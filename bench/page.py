@@ -59,7 +59,7 @@ def render(docs: Path) -> dict[Path, str]:
 
 def markdown(report: dict[str, Any], lines: list[Line], shown: list[str]) -> str:
     parts = [INTRODUCTION, table.text(report), "", "## Charts", "", "\n\n".join(shown)]
-    if any(line.group.startswith("a cycle") for line in lines):
+    if report["size"] == "full" and any(line.group.startswith("a cycle") for line in lines):
         parts += ["", *sizes(lines, report["cores"])]
     return "\n".join(parts) + "\n"
 

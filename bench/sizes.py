@@ -1,4 +1,4 @@
-"""How large everything is: the whole bench, and a small one that only shows that it works."""
+"""How large everything is: the whole bench, one for a machine that others use too, and one that only shows it works."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ class Size:
     groups: tuple[int, ...]
     records: tuple[int, ...]
 
+    @property
+    def judged(self) -> bool:
+        """Whether the design's numbers for a cycle are about this size: below, starting processes is most of it."""
+        return self.name == "full"
+
 
 SIZES = {
     "small": Size(
@@ -56,6 +61,24 @@ SIZES = {
         parameters=(2,),
         groups=(1, 3),
         records=(10, 30),
+    ),
+    "medium": Size(
+        name="medium",
+        repeats=5,
+        scored=2048,
+        transfer_bytes=128 * MI,
+        layers=10,
+        width=1024,
+        cycles=2,
+        formula=True,
+        raw_bytes=32 * MI,
+        steps=60,
+        pairs=10,
+        threads=64,
+        cycles_live=1000,
+        parameters=(2, 10),
+        groups=(1, 10, 100, 1000),
+        records=(10, 100, 1000, 10_000),
     ),
     "full": Size(
         name="full",
