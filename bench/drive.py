@@ -19,7 +19,7 @@ from typing import Any
 
 from raw import Raw, raw_of
 
-from emrakul.control import LOOK_SECONDS, Controller, Scale, name_of
+from emrakul.control import LOOK_GROWTH, LOOK_SECONDS, Controller, Scale, name_of
 from emrakul.core import plan
 from emrakul.core.snapshot import Ask, Phase
 from emrakul.finding import Finding
@@ -137,7 +137,7 @@ def drive(controller: Controller, watched: Watched, references: References) -> d
             pause = LOOK_SECONDS[0]
             continue
         time.sleep(pause)
-        pause = min(2 * pause, LOOK_SECONDS[1])
+        pause = min(LOOK_GROWTH * pause, LOOK_SECONDS[1])
 
 
 def main() -> None:

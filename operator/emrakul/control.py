@@ -44,7 +44,9 @@ from leyline.records import PROTOCOL, Admit, Draft, Kind, Record
 from leyline.store import Damaged, Exists, NotFound, ObjectStore
 
 LOOK_SECONDS = (0.05, 1.0)
-"""Between two looks, while workers run: from the first to the second, doubling. A look costs two listings."""
+LOOK_GROWTH = 1.2
+"""Between two looks, while workers run: from the first to the second, by this factor, so that the end of a phase is
+seen at most a fifth of its time late. A look costs two listings."""
 
 
 class Runtime(Protocol):
@@ -167,7 +169,7 @@ class Controller:
                     pause = shortest
                     continue
                 time.sleep(min(pause, todo.wait.total_seconds() if todo.wait else pause))
-                pause = min(2 * pause, longest)
+                pause = min(LOOK_GROWTH * pause, longest)
         finally:
             self._runtime.stop()
 
