@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -50,6 +50,8 @@ class Proof:
     inputs: Sequence[Tensor]
     masks: Masks
     seed: str
+    sigmas: dict[str, float] = field(default_factory=dict)
+    """By tensor, once it was needed: all fills of a tensor are alike, and its values are looked at once."""
 
     def fault(self) -> str:
         """The first group, unit and fill that is felt, as a sentence; empty if none is."""
@@ -133,7 +135,9 @@ class Proof:
         seed = hashlib.sha256(f"{self.seed}\0{fill}\0{name}".encode()).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
         values = torch.randn(int(place.sum()), generator=random, dtype=torch.float32)
-        return (values * _sigma(tensor, self.masks, name)).to(tensor.dtype)
+        if name not in self.sigmas:
+            self.sigmas[name] = _sigma(tensor, self.masks, name)
+        return (values * self.sigmas[name]).to(tensor.dtype)
 
 
 def _sigma(tensor: Tensor, masks: Masks, name: str) -> float:
@@ -141,10 +145,12 @@ def _sigma(tensor: Tensor, masks: Masks, name: str) -> float:
     dead = masks.dead(name)
     values = tensor.double()
     live = values if dead is None else values[torch.from_numpy(~dead.full())]
-    for size in (live.std(correction=0), live.square().mean().sqrt()) if live.numel() else ():
-        if float(size) > 0:
-            return float(size)
-    return 1.0
+    if not live.numel():
+        return 1.0
+    if (deviation := float(live.std(correction=0))) > 0:
+        return deviation
+    size = float(live.square().mean().sqrt())
+    return size if size > 0 else 1.0
 
 
 def _halves(items: list) -> tuple[list, list]:  # type: ignore[type-arg]
