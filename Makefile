@@ -45,8 +45,8 @@ lint: $(VENV)/.ready  ## ruff, mypy --strict, import-linter, generated files
 	$(BIN)/python docs/generate.py --check
 
 SIZE ?= full
-bench: $(VENV)/.ready  ## speed and memory against references (SIZE=small: half a minute; the whole needs 40)
-	$(BIN)/python bench --size $(SIZE)
+bench: $(VENV)/.ready  ## speed and memory against references (SIZE=small: a minute; PAGE=--page: also docs/benchmarks)
+	$(BIN)/python bench --size $(SIZE) $(PAGE)
 
 accuracy: $(VENV)/.ready  ## importance against exact importance: tau, AUC, MAPE
 	$(BIN)/python bench/accuracy.py
