@@ -13,6 +13,8 @@ from cluster.apiserver import ApiServer
 from cluster.builds import COMPONENTS, built
 from servers import S3Server, seaweedfs
 
+LONGEST = ("test_idle.py", "test_thousand.py", "test_restarts.py")
+
 
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Builds before the first test and not in a fixture: it takes minutes, and a fixture's time is its test's."""
@@ -21,8 +23,14 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one that waits for ten minutes comes first, so that the others run beside it."""
-    items.sort(key=lambda item: item.path.name != "test_idle.py")
+    """The longest begin a third of the tests each: three workers get them in stretches, and start on them at once."""
+    longest = [next((item for item in items if item.path.name == name), None) for name in LONGEST]
+    found = [item for item in longest if item is not None]
+    others = [item for item in items if item not in found]
+    third = -(-len(items) // len(LONGEST))
+    for number, item in enumerate(found):
+        others.insert(number * third, item)
+    items[:] = others
 
 
 @pytest.fixture(scope="session")
