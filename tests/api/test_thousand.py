@@ -25,8 +25,8 @@ from runs import published_run
 
 MANY = 1000
 PEAK_RSS = 300e6
-SECONDS = 800.0
-"""From the start of the operator to the last outcome, beside whatever else runs; alone it takes half of that."""
+SECONDS = 1100.0
+"""From the start of the operator to the last outcome, beside whatever else runs; alone it takes a third of that."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ def keys(store: ObjectStore) -> set[str]:
     return {head.key for head in store.list("cycles/")}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1300)
 def test_a_thousand_cycles_at_once(stage: Stage) -> None:
     runs = [f"s3://{stage.s3.bucket}/{stage.namespace}/many-{number:04}" for number in range(MANY)]
     with ThreadPoolExecutor(16) as threads:
