@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import builders
-from kasmina.formats import bind, elements, read_index, read_slots, stream, zero_is_zero_byte
+from kasmina.formats import bind, elements, read_index, read_slots, recognise, stream, zero_is_zero_byte
 from leyline.digest import ObjectDigest, digest_bytes, verified_range
 from leyline.local import LocalStore
 from leyline.messages import StoredObject
@@ -64,6 +64,13 @@ def test_a_long_header_is_read_whole(store: LocalStore) -> None:
     weights |= {f"buffer.{i:05d}": builders.tensor(np.zeros(1), "F32") for i in range(5000)}
     run = builders.make_run(store, weights=weights)
     assert len(index_of(run)) == len(weights)
+
+
+def test_a_header_of_any_length_is_recognised(store: LocalStore) -> None:
+    """Of 128 bytes, say: then the file begins with the byte that a pickle begins with."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode().ljust(128)
+    store.put_if_absent("from/model.safetensors", struct.pack("<Q", len(header)) + header + bytes(16))
+    assert recognise(store, "from/") == ("safetensors", ("model.safetensors",))
 
 
 def test_names_are_canonical_and_two_of_one_name_are_refused(store: LocalStore) -> None:

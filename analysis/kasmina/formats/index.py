@@ -76,16 +76,16 @@ def _read_object(store: ObjectStore, prefix: str, path: str, head: Head) -> dict
         header = read_header(store, prefix, path, head)
         return {name: _in_one_piece(entry, path, head.pin) for name, entry in header.items()}
     source = Bytes(store, prefix + path, head)
-    refuse_legacy(source.read(0, min(2, head.size)), prefix + path)
+    refuse_legacy(source)
     return read_torch(source, 0, head.size, path, head.pin, name=prefix + path)
 
 
-def refuse_legacy(first: bytes, name: str) -> None:
+def refuse_legacy(source: Bytes) -> None:
     """Malformed for what torch.save wrote before 1.6: pickles one after the other, and no place of any tensor."""
-    if first[:1] == b"\x80":
+    if source.read(0, min(1, source.size)) == b"\x80":
         raise Malformed(
-            f"{name} is a pickle as torch.save wrote them before 1.6, which is not read in place; convert it once: "
-            "emrakul convert SOURCE TARGET"
+            f"{source.key} is a pickle as torch.save wrote them before 1.6, which is not read in place; convert it "
+            "once: emrakul convert SOURCE TARGET"
         )
 
 

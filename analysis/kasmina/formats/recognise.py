@@ -42,8 +42,8 @@ def recognise(store: ObjectStore, prefix: str) -> Recognised:
         paths = [path for path in found if path.endswith(endings)]
         usual = [path for path in paths if basename(path) in _WEIGHTS]
         if path := _only(usual or paths, prefix):
-            head = found[path]
-            refuse_legacy(Bytes(store, head.key, head).read(0, min(2, head.size)), head.key)
+            if form == "torch-zip":  # the length of a safetensors header may begin with any byte
+                refuse_legacy(Bytes(store, found[path].key, found[path]))
             return Recognised(form, (path,))
     raise Malformed(
         f"{prefix or store.uri} holds no checkpoint: no {METADATA}, *{INDEX}, *{SAFETENSORS} or *{', *'.join(TORCH)}; "
@@ -58,7 +58,7 @@ def recognise_object(store: ObjectStore, path: str) -> Recognised:
         return _sharded(store, path, head)
     if path.endswith(SAFETENSORS):
         return Recognised("safetensors", (path,))
-    refuse_legacy(Bytes(store, path, head).read(0, min(2, head.size)), path)
+    refuse_legacy(Bytes(store, path, head))
     return Recognised("torch-zip", (path,))
 
 
