@@ -129,17 +129,14 @@ class CycleReconciler:
         except Invalid as error:  # a newer version admitted it
             await self.teller.unable(subject, "Waiting", str(error))
             return RESYNC_SECONDS
-        except StoreReverted as error:
-            self.services.health.store_said(self._known[key].name, error)
-            self.services.metrics.store_error(error)
-            await self.teller.unable(subject, "StoreReverted", str(error))
-            return RESYNC_SECONDS
         except StoreError as error:
-            known = self._known.get(key)
+            reverted, known = isinstance(error, StoreReverted), self._known.get(key)
             self.services.health.store_said(known.name if known else str(key), error)
             self.services.metrics.store_error(error)
-            await self.teller.unable(subject, "Waiting", str(error))
-            raise
+            await self.teller.unable(subject, "StoreReverted" if reverted else "Waiting", str(error))
+            if not reverted:
+                raise
+            return RESYNC_SECONDS
         except (Malformed, ValidationError, Rejected, Forbidden) as error:
             await self.teller.unable(subject, "Waiting", str(error))
             raise
@@ -340,7 +337,7 @@ def _facts(driven: _Driven, look: Seen, before: CycleStatus) -> Facts:
     """In a thread: it reads the log, and for an ended cycle when its objects were written. Both never change."""
     run, snapshot = driven.run, look.snapshot
     record = snapshot.end or snapshot.admitted
-    seen = (before.seen.record, before.seen.digest) if before.seen else None
+    seen = seen_of(before)
     if record is not None and (seen is None or seen[0] != record.n):
         seen = (record.n, run.log.read(record.n)[1])
     if driven.seconds is None and snapshot.end is not None and snapshot.admitted is not None:

@@ -58,7 +58,8 @@ class EndedCycles:
                 undone = await asyncio.to_thread(_undone, run, status)
             if undone is not None:
                 subject = await self.teller.conclude(subject, status.model_copy(update={"rollback": undone}))
-            unsent = await self._send(subject, run)
+            own = status.frozen.sink if status.frozen else None
+            unsent = status.cycle is not None and await offer(self.services, own, run, status.cycle)
             if subject.status.outcome is Outcome.COMMITTED and subject.status.rollback is None:
                 self.services.remember(run, subject.key)
             else:
@@ -85,14 +86,6 @@ class EndedCycles:
         except (NotReady, StoreError) as error:
             log.debug("%s: %s", subject.key, error)
             return None
-
-    async def _send(self, subject: Subject, run: OpenRun) -> bool:
-        """Whether the outcome still waits for its sink."""
-        status = subject.status
-        url = (status.frozen.sink if status.frozen else None) or self.services.config.sink
-        if url is None or status.cycle is None:
-            return False
-        return await offer(self.services.sinks, url, run, status.cycle)
 
     async def recorded(self, namespace: str, status: CycleStatus) -> bool:
         """Whether the log has, as read back now, the record that the status speaks of; one that has none needs none."""

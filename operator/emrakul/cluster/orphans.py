@@ -62,8 +62,7 @@ class Orphans:
         self._absent.pop(resource)
         await asyncio.to_thread(_end, run, admitted)
         await asyncio.to_thread(self.tell, run, admitted)
-        if self.services.config.sink is not None:
-            await offer(self.services.sinks, self.services.config.sink, run, admitted.id)
+        await offer(self.services, None, run, admitted.id)
         return Live(left=0.0)
 
     async def abandon(self, run: OpenRun, ask: Ask) -> None:
@@ -73,7 +72,7 @@ class Orphans:
         """
 
         def look() -> None:
-            controller = Controller(run.store, run.log, ask, lambda _: _NoJobs(), trust=self.services.runs.trust)
+            controller = self._controller(run, ask)
             seen = controller.look()
             if seen.plan.actions and isinstance(seen.plan.actions[0], plan.Abandon):
                 controller.act(seen)
@@ -82,9 +81,10 @@ class Orphans:
 
     def tell(self, run: OpenRun, admitted: Record) -> None:
         """The end's results, told like any other's."""
-        ask = admitted_ask(admitted, KubernetesRuntime.name)
-        trust = self.services.runs.trust
-        Controller(run.store, run.log, ask, lambda _: _NoJobs(), trust=trust, cycle=admitted.id).step()
+        self._controller(run, admitted_ask(admitted, KubernetesRuntime.name), admitted.id).step()
+
+    def _controller(self, run: OpenRun, ask: Ask, cycle: str | None = None) -> Controller:
+        return Controller(run.store, run.log, ask, lambda _: _NoJobs(), trust=self.services.runs.trust, cycle=cycle)
 
     def _is_ours(self, admitted: Record) -> bool:
         body = admitted.body

@@ -6,15 +6,20 @@ import asyncio
 from contextlib import suppress
 
 from emrakul.cluster.access import OpenRun
-from emrakul.cluster.sink import Event, Sinks, event_of
+from emrakul.cluster.services import Services
+from emrakul.cluster.sink import Event, event_of
 from leyline import layout
 from leyline.messages import AnalysisResults
 from leyline.store import Exists, NotFound
 
 
-async def offer(sinks: Sinks, url: str, run: OpenRun, cycle: str) -> bool:
-    """The results of an ended cycle (or `rollback-<record>`). False once the run has the mark that they were sent."""
-    if await asyncio.to_thread(_sent, run, cycle):
+async def offer(services: Services, own: str | None, run: OpenRun, cycle: str) -> bool:
+    """The results of an ended cycle (or `rollback-<record>`), to the sink of its `own`, else to the chart's.
+
+    Whether they still wait: False once the run has the mark that they were sent, and where there is no sink.
+    """
+    url = own or services.config.sink
+    if url is None or await asyncio.to_thread(_sent, run, cycle):
         return False
 
     def make() -> Event:
@@ -27,7 +32,7 @@ async def offer(sinks: Sinks, url: str, run: OpenRun, cycle: str) -> bool:
             run.store.put_if_absent(layout.sent(cycle), b"{}")
 
     # the same URI at another endpoint is another run, and each sink hears for itself
-    sinks.offer(f"{url} {run.access.name}/{cycle}", url, make, delivered)
+    services.sinks.offer(f"{url} {run.access.name}/{cycle}", url, make, delivered)
     return True
 
 

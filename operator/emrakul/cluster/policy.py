@@ -25,7 +25,7 @@ from emrakul.cluster.outbox import offer
 from emrakul.cluster.recheck import Recheck
 from emrakul.cluster.services import CYCLE, POLICY, Services
 from emrakul.cluster.source import frozen_of
-from emrakul.cluster.subject import plain
+from emrakul.cluster.subject import plain, seen_of
 from emrakul.cluster.supervisor import RESYNC_SECONDS, Key
 from emrakul.control import name_of
 from emrakul.invalid import Invalid
@@ -98,27 +98,24 @@ class PolicyReconciler:
         except (NoRun, NotReady) as error:
             await self._unready(key, body, before, "Waiting", str(error))
             return self._poll()
-        except StoreReverted as error:
-            self.services.health.store_said(self._access(key, policy.spec).name, error)
-            self.services.metrics.store_error(error)
-            await self._unready(key, body, before, "StoreReverted", str(error))
-            return RESYNC_SECONDS
         except Invalid as error:  # guidance that would loosen a constraint
             await self._unready(key, body, before, "Invalid", str(error))
             return RESYNC_SECONDS
         except StoreError as error:
             self.services.health.store_said(self._access(key, policy.spec).name, error)
             self.services.metrics.store_error(error)
-            await self._unready(key, body, before, "StoreUnreachable", str(error))
-            raise
+            reverted = isinstance(error, StoreReverted)
+            await self._unready(key, body, before, "StoreReverted" if reverted else "StoreUnreachable", str(error))
+            if not reverted:
+                raise
+            return RESYNC_SECONDS
         except (Malformed, ValidationError, Rejected, Forbidden) as error:
             await self._unready(key, body, before, "Invalid", str(error))
             raise
 
     async def _follow(self, key: Key, body: Body, policy: PruningPolicy, before: PolicyStatus) -> float:
         spec = policy.spec
-        seen = (before.seen.record, before.seen.digest) if before.seen else None
-        run = await self.services.runs.open(self._access(key, spec), seen=seen)
+        run = await self.services.runs.open(self._access(key, spec), seen=seen_of(before))
         followed = self._follower(key, body, spec, run)
         follower = followed.follower
         self.services.attend(run, key)
@@ -136,8 +133,9 @@ class PolicyReconciler:
             await self._make_way(followed, spec, run, state, live)
             await asyncio.to_thread(self._count_report, followed, state)
             await self._tell_deleted(followed, state)
-        if state.rolled_back > followed.sent and not await self._send(spec, run, state):
-            followed.sent = state.rolled_back
+        if state.rolled_back > followed.sent:  # its results go out like a cycle's
+            unsent = await offer(self.services, spec.sink, run, f"rollback-{state.rolled_back}")
+            followed.sent = followed.sent if unsent else state.rolled_back
         self.services.health.store_said(run.access.name)
         self.services.metrics.run_state(run.store.uri, state.ladder.stage, state.breaker.state)
         if next_ is not None and (why := await self._begin(key, body, policy, run, next_)):
@@ -166,8 +164,10 @@ class PolicyReconciler:
     async def _make_way(self, followed: _Followed, spec: PolicySpec, run: OpenRun, state: RunState, live: Live) -> None:
         """What another runtime left live must not hold this policy's next cycle back for ever."""
         now = self.services.loop.time()
+        if state.live is None or live != Live() or now - followed.looked_past < RESYNC_SECONDS:
+            return
         waits = due(state.model_copy(update={"live": None}), every=spec.every)
-        if state.live is None or live != Live() or waits is None or now - followed.looked_past < RESYNC_SECONDS:
+        if waits is None:
             return
         followed.looked_past = now
         ask = await asyncio.to_thread(ask_for, waits.base, spec, store=run.store, runtime=KubernetesRuntime.name)
@@ -192,7 +192,7 @@ class PolicyReconciler:
             return ""  # made before, with other settings perhaps, and not admitted yet
         async with run.lock:
             ask = await asyncio.to_thread(
-                lambda: ask_for(found.base, policy.spec, store=run.store, runtime=KubernetesRuntime.name)
+                ask_for, found.base, policy.spec, store=run.store, runtime=KubernetesRuntime.name
             )
         spec: Body = {"checkpoint": found.checkpoint, "policyRef": {"name": key.name}}
         spec["ttlSecondsAfterFinished"] = policy.spec.ttl_seconds_after_finished
@@ -261,13 +261,6 @@ class PolicyReconciler:
             packet = SystemStatePacket.parse(followed.run.store.get(key), name=key)
             self.services.metrics.trainer(packet.held_seconds, packet.tracking_share)
 
-    async def _send(self, spec: PolicySpec, run: OpenRun, state: RunState) -> bool:
-        """A rollback's results go out like a cycle's. Whether they still wait for the sink."""
-        url = spec.sink or self.services.config.sink
-        if url is None or state.rolled_back < 0:
-            return False
-        return await offer(self.services.sinks, url, run, f"rollback-{state.rolled_back}")
-
     async def _tell_deleted(self, followed: _Followed, state: RunState) -> None:
         """A cycle whose resource is gone has nobody else to tell its end."""
         end = await asyncio.to_thread(followed.follower.new_end, state)
@@ -277,9 +270,7 @@ class PolicyReconciler:
         admitted = await asyncio.to_thread(run.log.find, (Kind.ADMIT.value, end.id), base=-1)
         if admitted is not None:
             await asyncio.to_thread(self.orphans.tell, run, admitted)
-        url = followed.follower.policy.sink or self.services.config.sink
-        if url is not None:
-            await offer(self.services.sinks, url, run, end.id)
+        await offer(self.services, followed.follower.policy.sink, run, end.id)
 
     async def _unready(self, key: Key, body: Body, before: PolicyStatus, reason: str, message: str) -> None:
         generation = int(body["metadata"].get("generation", 0))

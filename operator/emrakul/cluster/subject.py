@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from emrakul.api import labels
 from emrakul.api.cycle import CycleStatus, PruningCycle
 from emrakul.api.manifest import parse_resource
+from emrakul.api.policy import PolicyStatus
 from emrakul.api.resource import ConditionType
 from emrakul.cluster.kube import Body
 from emrakul.cluster.supervisor import Key
@@ -65,7 +66,8 @@ def status_of(body: Body) -> CycleStatus:
         return CycleStatus()
 
 
-def seen_of(status: CycleStatus) -> tuple[int, str] | None:
+def seen_of(status: CycleStatus | PolicyStatus) -> tuple[int, str] | None:
+    """Number and digest of the newest record that a status names."""
     return (status.seen.record, status.seen.digest) if status.seen else None
 
 
