@@ -17,18 +17,16 @@ from leyline.store import ObjectStore
 from urabrask.__main__ import judge
 
 
-class InProcess:
-    """Runs a launch to its end before `start` returns."""
+class Finishing:
+    """A runtime that runs a launch to its end before `start` returns: one worker after the other."""
 
     name = "local"
 
-    def __init__(self, store: ObjectStore, cycle_uri: str) -> None:
-        self._store = store
-        self._cycle = cycle_uri.rpartition("/")[2]
+    def __init__(self) -> None:
         self._jobs: list[Job] = []
 
     def start(self, phase: Phase, *, launch: int, step: int, workers: int, memory_bytes: int, now: datetime) -> None:
-        codes = [self._work(phase, launch, step, number, workers) for number in range(workers)]
+        codes = self._codes(phase, launch, step, workers)
         failed = tuple(code for code in codes if code != exits.DONE)
         self._jobs.append(Job(phase=phase, launch=launch, step=step, created=now, running=False, exits=failed))
 
@@ -37,6 +35,22 @@ class InProcess:
 
     def stop(self, phase: Phase | None = None) -> None:
         """Nothing runs on."""
+
+    def _codes(self, phase: Phase, launch: int, step: int, workers: int) -> list[int]:
+        return [self._work(phase, launch, step, number, workers) for number in range(workers)]
+
+    def _work(self, phase: Phase, launch: int, step: int, worker: int, of: int) -> int:
+        """The exit code of one worker."""
+        raise NotImplementedError
+
+
+class InProcess(Finishing):
+    """Its workers are this process."""
+
+    def __init__(self, store: ObjectStore, cycle_uri: str) -> None:
+        super().__init__()
+        self._store = store
+        self._cycle = cycle_uri.rpartition("/")[2]
 
     def _work(self, phase: Phase, launch: int, step: int, worker: int, of: int) -> int:
         match phase:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
 
@@ -21,9 +19,10 @@ from builders import MODEL_ID, RUN_ID, Run, make_run
 from drafts import genesis, opened, published
 from elesh import worker as elesh
 from emrakul.control import Controller, Scale
-from emrakul.core.snapshot import Ask, Job, Phase, Snapshot
+from emrakul.core.snapshot import Ask, Phase, Snapshot
 from emrakul.runtime.commands import command
 from emrakul.settings import Settings
+from inprocess import Finishing
 from kasmina import apply
 from leyline import exits, layout
 from leyline.log import Log
@@ -58,29 +57,18 @@ sys.exit(code)
 """
 
 
-class Threads:
-    """A runtime whose workers are threads of this process, all at once."""
-
-    name = "local"
+class Threads(Finishing):
+    """Its workers are threads of this process, all at once."""
 
     def __init__(self, store: ObjectStore, cycle_uri: str) -> None:
+        super().__init__()
         self._store = store
         self._cycle = cycle_uri.rpartition("/")[2]
-        self._jobs: list[Job] = []
 
-    def start(self, phase: Phase, *, launch: int, step: int, workers: int, memory_bytes: int, now: datetime) -> None:
+    def _codes(self, phase: Phase, launch: int, step: int, workers: int) -> list[int]:
         with ThreadPoolExecutor(workers) as pool:
-            begun: list[Future[int]] = [
-                pool.submit(self._work, phase, launch, step, number, workers) for number in range(workers)
-            ]
-        failed = tuple(code for one in begun if (code := one.result()) != exits.DONE)
-        self._jobs.append(Job(phase=phase, launch=launch, step=step, created=now, running=False, exits=failed))
-
-    def jobs(self) -> tuple[Job, ...]:
-        return tuple(self._jobs)
-
-    def stop(self, phase: Phase | None = None) -> None:
-        """They have ended."""
+            begun = [pool.submit(self._work, phase, launch, step, number, workers) for number in range(workers)]
+        return [one.result() for one in begun]
 
     def _work(self, phase: Phase, launch: int, step: int, worker: int, of: int) -> int:
         store, cycle = self._store, self._cycle
@@ -96,27 +84,14 @@ class Threads:
         return exits.DONE
 
 
-@dataclass
-class Limited:
-    """A runtime whose workers are processes, each under a hard limit of `memory` bytes. Waits until they have ended."""
+class Limited(Finishing):
+    """Its workers are processes, each under a hard limit of `memory` bytes."""
 
-    cycle_uri: str
-    memory: int
-    name: str = "local"
-    ended: list[tuple[Phase, int, str]] = field(default_factory=list)
-    """Exit code and last words of every worker."""
-    _jobs: list[Job] = field(default_factory=list)
-
-    def start(self, phase: Phase, *, launch: int, step: int, workers: int, memory_bytes: int, now: datetime) -> None:
-        codes = [self._work(phase, launch, step, number, workers) for number in range(workers)]
-        failed = tuple(code for code in codes if code != exits.DONE)
-        self._jobs.append(Job(phase=phase, launch=launch, step=step, created=now, running=False, exits=failed))
-
-    def jobs(self) -> tuple[Job, ...]:
-        return tuple(self._jobs)
-
-    def stop(self, phase: Phase | None = None) -> None:
-        """They have ended."""
+    def __init__(self, cycle_uri: str, memory: int) -> None:
+        super().__init__()
+        self.cycle_uri, self.memory = cycle_uri, memory
+        self.ended: list[tuple[Phase, int, str]] = []
+        """Exit code and last words of every worker."""
 
     def _work(self, phase: Phase, launch: int, step: int, worker: int, of: int) -> int:
         known = command(phase, cycle_uri=self.cycle_uri, step=step, launch=launch, worker=worker, of=of)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from kasmina.formats.legacy import read_legacy
 from leyline import exits
 from leyline.model import Malformed
 from leyline.store import CHUNK
-from leyline.tensors import ITEMSIZE
+from leyline.tensors import ITEMSIZE, framed
 
 _LIMITS = {
     resource.RLIMIT_AS: 2_000_000_000,
@@ -61,9 +60,7 @@ def _header(refs: Mapping[str, TensorRef], order: Sequence[str], name: str) -> b
         offsets = [position, position + ref.nbytes]
         header[tensor] = {"dtype": ref.dtype, "shape": list(ref.shape), "data_offsets": offsets}
         position = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return framed(json.dumps(header, separators=(",", ":")).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from kasmina.formats import Box, Recognised, TensorRef, read_recognised, recognise
+from kasmina.formats import FLOATS, Box, Recognised, TensorRef, read_recognised, recognise
 from kasmina.formats.index import INDEX, SAFETENSORS
 from kasmina.formats.recognise import TORCH, recognise_object
 from leyline import exits, layout
@@ -44,9 +44,7 @@ from leyline.topology import Parameter, Topology
 
 OPEN = "open-import"
 """The id of the open that imports publish under. A run that has another one belongs to a trainer."""
-TOPOLOGY = "topology.json"
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _STEP = re.compile(r"(\d{1,12})$")
 
 
@@ -121,7 +119,7 @@ def adopt(
     probe(run)
     log.create(Draft(id="genesis", body=Genesis(run_id=metadata.run_id, model_id=model)))
     log.append(Draft(id=OPEN, body=Open()), base=0)
-    run.put_if_absent(layout.checkpoint(metadata.name, TOPOLOGY), topology.canonical())
+    run.put_if_absent(layout.checkpoint(metadata.name, layout.TOPOLOGY), topology.canonical())
     run.put_if_absent(layout.checkpoint(metadata.name, layout.READY), ready)
     draft = Draft(
         id=metadata.name,
@@ -183,7 +181,7 @@ def _described(
         term=term,
         format=found.checkpoint.format,
         weights=found.checkpoint.objects,
-        topology=TOPOLOGY,
+        topology=layout.TOPOLOGY,
         objects=tuple(StoredObject(path=path, digest=digests[path]) for path in found.checkpoint.objects),
         imported_from=found.place.uri,
         num_params=0,
@@ -192,7 +190,7 @@ def _described(
     topology = _topology(read_recognised(found.place, "", found.checkpoint), model_id)
     if not topology.parameters:
         raise Malformed(f"{found.place.uri} holds no float tensor of two axes or more, so there is nothing to prune")
-    stored = StoredObject(path=TOPOLOGY, digest=digest_bytes(topology.canonical()))
+    stored = StoredObject(path=layout.TOPOLOGY, digest=digest_bytes(topology.canonical()))
     size = sum(parameter.size for parameter in topology.parameters.values())
     return draft.model_copy(update={"objects": (*draft.objects, stored), "num_params": size}), topology
 
@@ -201,7 +199,7 @@ def _topology(index: Mapping[str, TensorRef], model_id: str) -> Topology:
     """Names of one stored tensor are tied, and the first of them is the parameter's."""
     names: dict[tuple[Box, ...], list[str]] = {}
     for name, ref in sorted(index.items()):
-        if ref.dtype in _FLOATS and len(ref.shape) >= 2 and ref.size and not ref.shared:
+        if ref.dtype in FLOATS and len(ref.shape) >= 2 and ref.size and not ref.shared:
             names.setdefault(ref.boxes, []).append(name)
     parameters = {}
     for first, *others in names.values():

@@ -40,7 +40,6 @@ from leyline.store import ObjectStore
 
 OPTIMIZER = "optimizer.safetensors"
 IMPORTANCE = "importance.safetensors"
-TOPOLOGY = "topology.json"
 TRACKER = "tracker.safetensors"
 
 SHARD_BYTES = 5_000_000_000
@@ -148,7 +147,7 @@ def write_checkpoint(
     if training.keeps_slots:
         slots, numbers = training.slots()
         files[OPTIMIZER] = TensorFile(slots, numbers)
-    files[TOPOLOGY] = Blob(training.topology.canonical())
+    files[layout.TOPOLOGY] = Blob(training.topology.canonical())
     files |= {path: Blob(data) for path, data in (evaluation.files if evaluation else {}).items()}
     statistics: _Statistics | None = None
     if tracker is not None:
@@ -176,7 +175,7 @@ def write_checkpoint(
         format="safetensors" if len(weights) == 1 else "safetensors-sharded",
         weights=tuple(weights),
         optimizer=OPTIMIZER if OPTIMIZER in files else None,
-        topology=TOPOLOGY,
+        topology=layout.TOPOLOGY,
         importance=IMPORTANCE if statistics else None,
         evaluation=evaluation.ref if evaluation else None,
         tracker=TRACKER if tracker is not None else None,

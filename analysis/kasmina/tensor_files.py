@@ -6,7 +6,6 @@ Written as safetensors' own save_model does: names of tied tensors once, the oth
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor
 from leyline.digest import Digester, ObjectDigest
 from leyline.model import Malformed
 from leyline.store import CHUNK
+from leyline.tensors import framed
 
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
@@ -93,9 +93,7 @@ class TensorFile:
                 "data_offsets": [position, end],
             }
             position = end
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return framed(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 def digest_of(content: Content) -> ObjectDigest:

@@ -108,11 +108,7 @@ def read(
 
 def message(store: ObjectStore, head: Head) -> StructuralAnalysisResponse:
     """What an answer says of itself, without reading its arrays. Malformed if it is none."""
-    first = store.get_range(head.key, 0, min(_HEADER, head.size), pin=head.pin)
-    length = tensors.header_length(first, head.size, name=head.key)
-    if length > len(first):
-        first += store.get_range(head.key, len(first), length, pin=head.pin)
-    said = tensors.parse_header(first, head.size, name=head.key)[1].get(_MESSAGE)
+    said = tensors.read_header(store, head.key, head, first=_HEADER)[1].get(_MESSAGE)
     if said is None:
         raise Malformed(f"{head.key} has no {_MESSAGE} in its metadata; it is no answer")
     return StructuralAnalysisResponse.parse(said.encode(), name=head.key)

@@ -15,6 +15,12 @@ OUT_OF_MEMORY = 44
 """An allocation failed under the memory limit; the next attempt uses half the buffer."""
 
 
+def sentence(said: str) -> str:
+    """What a worker that ended says of it: the last line of its standard error; empty if it wrote none."""
+    lines = said.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Python tells by a RuntimeError that a thread gets no stack, and torch that a tensor gets no memory."""
     said = str(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 GENESIS = "log/0/0.json"
+TOPOLOGY = "topology.json"
+"""What may be pruned, in a checkpoint's folder."""
 READY = "READY.json"
 """Written last: a checkpoint exists once this does (an envelope around CheckpointMetadata)."""
 

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from leyline.local import LocalStore
 from leyline.store import Exists, NotFound, ObjectStore, Refused, StoreError, Unsuitable
@@ -25,33 +25,26 @@ _S3_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<
 _probed: set[tuple[str, str | None]] = set()
 
 
-def open_store(
-    uri: str,
-    *,
-    endpoint: str | None = None,
-    region: str | None = None,
-    ca_bundle: str | None = None,
-    credentials: Credentials | None = None,
-    largest: int | None = None,
-    may_borrow: Callable[[str], bool] = lambda _: True,
-) -> ObjectStore:
+class S3Options(TypedDict, total=False):
+    """How a run in S3 is reached; left out, the usual AWS variables count. A local run needs none of it."""
+
+    endpoint: str | None
+    region: str | None
+    ca_bundle: str | None
+    credentials: Credentials | None
+    largest: int
+    """Bytes that an object may have that is read as a whole; a larger one is Damaged."""
+    may_borrow: Callable[[str], bool]
+    """Whether imported checkpoints of this run may lie at this URI; left out: anywhere."""
+
+
+def open_store(uri: str, **options: Unpack[S3Options]) -> ObjectStore:
     """The store of the run at `s3://bucket/prefix`, `file:///folder` or a plain path.
 
-    Endpoint, region, CA bundle and credentials are for S3; left out, the usual AWS variables count. Also for S3 alone:
-    `largest` is how many bytes an object may have that is read as a whole, larger ones are Damaged; `may_borrow` says
-    where imported checkpoints of this run may lie, by URI. StoreError if the URI is malformed, lies inside another run,
-    contains one, or holds folders that are no run's. To know that, the store is asked, so this may also end in Refused
-    or Unreachable.
+    StoreError if the URI is malformed, lies inside another run, contains one, or holds folders that are no run's. To
+    know that, the store is asked, so this may also end in Refused or Unreachable.
     """
-    store = _store_for(
-        uri,
-        endpoint=endpoint,
-        region=region,
-        ca_bundle=ca_bundle,
-        credentials=credentials,
-        largest=largest,
-        may_borrow=may_borrow,
-    )
+    store = _store_for(uri, options)
     for ancestor in store.ancestors():
         if _is_run(ancestor):
             raise StoreError(f"{uri} lies inside the run {ancestor.uri}; give each run a prefix outside of all others")
@@ -86,16 +79,7 @@ def probe(store: ObjectStore) -> None:
     _probed.add(name)
 
 
-def _store_for(
-    uri: str,
-    *,
-    endpoint: str | None,
-    region: str | None,
-    ca_bundle: str | None,
-    credentials: Credentials | None,
-    largest: int | None,
-    may_borrow: Callable[[str], bool],
-) -> LocalStore | S3Store:
+def _store_for(uri: str, options: S3Options) -> LocalStore | S3Store:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in ("s3", "file"):
         raise StoreError(f"{uri}: {scheme}:// is no store we know; use s3://bucket/prefix, file:///folder or a path")
@@ -110,16 +94,7 @@ def _store_for(
         # boto3 takes a third of a second to import: a local run does not pay for it.
         from leyline.s3 import S3Store
 
-        return S3Store(
-            match["bucket"],
-            match["prefix"] or "",
-            endpoint=endpoint,
-            region=region,
-            ca_bundle=ca_bundle,
-            credentials=credentials,
-            largest=largest,
-            may_borrow=may_borrow,
-        )
+        return S3Store(match["bucket"], match["prefix"] or "", **options)
     return LocalStore(uri)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leyline.model import Malformed
+from leyline.store import Head, ObjectStore
 
 MAX_HEADER = 16 * 1024 * 1024
 """Bytes; an 88 MiB header costs 715 MiB of memory to parse, and ten million parameters' names fit in less."""
@@ -86,6 +87,15 @@ def parse_header(header: bytes, size: int, *, name: str) -> tuple[dict[str, Entr
     return entries, metadata
 
 
+def read_header(store: ObjectStore, key: str, head: Head, *, first: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """parse_header of an object in a store. `first`: bytes of the first read; a longer header costs a second one."""
+    header = store.get_range(key, 0, min(first, head.size), pin=head.pin)
+    length = header_length(header, head.size, name=key)
+    if length > len(header):
+        header += store.get_range(key, len(header), length, pin=head.pin)
+    return parse_header(header, head.size, name=key)
+
+
 def _entry(key: str, value: Any, base: int, name: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise Malformed(f"{name}: tensor {key} must have exactly dtype, shape and data_offsets")
@@ -130,9 +140,13 @@ def pack(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> byt
         }
         position += len(blob)
         blobs.append(blob)
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"".join([framed(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()), *blobs])
+
+
+def framed(text: bytes) -> bytes:
+    """The JSON as a whole header: behind its length, and padded so that the data is aligned."""
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *blobs])
+    return struct.pack("<Q", len(text)) + text
 
 
 def unpack(data: bytes, *, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kasmina.formats import Box, TensorRef, bind, elements, read_index, read_slots, stream
+from kasmina.formats import FLOATS, Box, TensorRef, bind, elements, read_index, read_slots, stream
 from kasmina.formats.extents import Run
 from kasmina.formats.index import SAFETENSORS, read_header
 from kasmina.formats.zips import Checksums
@@ -23,7 +23,6 @@ from leyline.model import Malformed
 from leyline.store import Changed, Damaged, NotFound, ObjectStore
 from leyline.topology import Topology
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _COUNTER = "step"
 """Adam's step count, a slot that is no moment."""
 _WINDOW = 1 << 20
@@ -78,7 +77,7 @@ def _extents(store: ObjectStore, base: CheckpointMetadata, masks: Masks, topolog
         extent
         for name, refs in bind(index, topology).items()
         for ref in refs
-        for extent in _boxed(name, ref, masks.dead(name), finite=ref.dtype in _FLOATS)
+        for extent in _boxed(name, ref, masks.dead(name), finite=ref.dtype in FLOATS)
     ]
     owners = {alias: name for name, known in topology.parameters.items() for alias in (name, *known.aliases)}
     for key, ref in read_slots(store, prefix, base).items():

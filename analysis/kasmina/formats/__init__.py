@@ -1,12 +1,13 @@
 """Checkpoint formats: from parameters to byte extents, and from bytes to numbers. No torch, no unpickling."""
 
-from kasmina.formats.elements import elements, zero_is_zero_byte
+from kasmina.formats.elements import FLOATS, elements, zero_is_zero_byte
 from kasmina.formats.extents import Box, TensorRef, gather
 from kasmina.formats.index import bind, check_objects, read_index, read_slots
 from kasmina.formats.recognise import Recognised, read_recognised, recognise
 from kasmina.formats.stream import Chunks, stream
 
 __all__ = [
+    "FLOATS",
     "Box",
     "Chunks",
     "Recognised",

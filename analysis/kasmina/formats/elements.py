@@ -13,6 +13,10 @@ from leyline.tensors import ITEMSIZE
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""The dtypes that `elements` reads."""
+
+
 def elements(raw: bytes | bytearray | memoryview, dtype: str) -> Floats:
     """The elements [n] of `raw`: float64 for F64, float32 for every smaller float (each is exact there).
 

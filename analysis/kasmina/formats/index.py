@@ -16,12 +16,13 @@ from kasmina.formats.dcp import METADATA, read_dcp
 from kasmina.formats.elements import zero_is_zero_byte
 from kasmina.formats.extents import Box, TensorRef, c_strides
 from kasmina.formats.torch_zip import read_torch
+from leyline import tensors
 from leyline.digest import verified_range
 from leyline.ids import canonical_name
 from leyline.messages import CheckpointMetadata, Format, StoredObject
 from leyline.model import Malformed
 from leyline.store import Changed, Head, NotFound, ObjectStore
-from leyline.tensors import ITEMSIZE, MAX_HEADER, Entry, header_length, parse_header
+from leyline.tensors import ITEMSIZE, MAX_HEADER, Entry
 from leyline.topology import Topology
 
 INDEX = ".index.json"
@@ -60,8 +61,7 @@ def read_tensors(
             f"object, or one index with its shards ({METADATA} is a distributed checkpoint's). Publish it again"
         )
     for path in index:
-        if heads[path].size > MAX_HEADER:
-            raise Malformed(f"{path} is {heads[path].size:,} bytes long; more than {MAX_HEADER:,} is refused")
+        refuse_large(path, heads[path])
     if form == "dcp":
         sources = {path: (Bytes(store, prefix + path, heads[path]), heads[path].pin) for path in shards}
         return _by_canonical_name({"": read_dcp(small(index[0]), index[0], sources)})
@@ -78,6 +78,12 @@ def _read_object(store: ObjectStore, prefix: str, path: str, head: Head) -> dict
     source = Bytes(store, prefix + path, head)
     refuse_legacy(source)
     return read_torch(source, 0, head.size, path, head.pin, name=prefix + path)
+
+
+def refuse_large(path: str, head: Head) -> None:
+    """Malformed for an index that is too large to be one."""
+    if head.size > MAX_HEADER:
+        raise Malformed(f"{path} is {head.size:,} bytes long; more than {MAX_HEADER:,} is refused")
 
 
 def refuse_legacy(source: Bytes) -> None:
@@ -101,12 +107,7 @@ def read_slots(store: ObjectStore, prefix: str, metadata: CheckpointMetadata) ->
 
 def read_header(store: ObjectStore, prefix: str, path: str, head: Head) -> dict[str, Entry]:
     """The tensors of one safetensors object by the names they have there."""
-    key = prefix + path
-    header = store.get_range(key, 0, min(_FIRST, head.size), pin=head.pin)
-    length = header_length(header, head.size, name=key)
-    if length > len(header):
-        header += store.get_range(key, len(header), length, pin=head.pin)
-    return parse_header(header, head.size, name=key)[0]
+    return tensors.read_header(store, prefix + path, head, first=_FIRST)[0]
 
 
 def check_objects(store: ObjectStore, prefix: str, metadata: CheckpointMetadata) -> dict[str, Head]:

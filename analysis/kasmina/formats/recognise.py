@@ -8,11 +8,10 @@ from typing import NamedTuple
 from kasmina.formats.blocks import Bytes
 from kasmina.formats.dcp import METADATA, objects_of
 from kasmina.formats.extents import TensorRef
-from kasmina.formats.index import INDEX, SAFETENSORS, read_tensors, refuse_legacy, weight_map
+from kasmina.formats.index import INDEX, SAFETENSORS, read_tensors, refuse_large, refuse_legacy, weight_map
 from leyline.messages import Format
 from leyline.model import Malformed
 from leyline.store import Head, ObjectStore
-from leyline.tensors import MAX_HEADER
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -84,8 +83,7 @@ def _only(paths: list[str], prefix: str) -> str | None:
 
 
 def _small(store: ObjectStore, head: Head) -> bytes:
-    if head.size > MAX_HEADER:
-        raise Malformed(f"{head.key} is {head.size:,} bytes long; more than {MAX_HEADER:,} is refused")
+    refuse_large(head.key, head)
     return store.get_range(head.key, 0, head.size, pin=head.pin)
 
 

@@ -27,8 +27,8 @@ def command(source: Path, target: Path, out: Output) -> None:
     worker = [sys.executable, "-m", "kasmina.convert", str(source), str(target)]
     done = subprocess.run(worker, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != exits.DONE:
-        said = done.stderr.strip().splitlines()
-        raise Malformed(said[-1] if said else f"{source} could not be read in the memory that its process is allowed")
+        said = exits.sentence(done.stderr)
+        raise Malformed(said or f"{source} could not be read in the memory that its process is allowed")
     if out.json:
         out.document({"source": str(source), "target": str(target), "tensors": int(done.stdout)})
         return

@@ -44,8 +44,7 @@ def command(
         check=False,
     )
     if done.returncode != exits.DONE:
-        lines = done.stderr.strip().splitlines()
-        said = lines[-1].strip() if lines else f"kasmina.foreign ended with exit code {done.returncode}"
+        said = exits.sentence(done.stderr) or f"kasmina.foreign ended with exit code {done.returncode}"
         raise Rejected(said, _CODES.get(done.returncode, UNEXPECTED))
     document: dict[str, Any] = json.loads(done.stdout)
     if out.json:

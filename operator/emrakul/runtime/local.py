@@ -43,8 +43,7 @@ class _Worker:
         self.log.flush()
         size = self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, size - _MESSAGE_BYTES))
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else ""
+        return exits.sentence(self.log.read().decode(errors="replace"))
 
 
 @dataclass

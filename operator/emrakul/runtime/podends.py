@@ -62,8 +62,7 @@ def _end(at: datetime, pod: Body) -> End:
     terminated = _terminated(pod)
     code = terminated.get("exitCode")
     words = str(terminated.get("message") or _status(pod).get("message") or terminated.get("reason") or "")
-    lines = words.strip().splitlines()
-    said = lines[-1].strip() if lines else ""
+    said = exits.sentence(words)
     limit = _memory_limit(pod)
     memory = ""
     if terminated.get("reason") == "OOMKilled":

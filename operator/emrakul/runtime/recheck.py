@@ -35,8 +35,7 @@ def local_recheck(run_uri: str, *, environment: Mapping[str, str], seconds: floa
             )
         except subprocess.TimeoutExpired as error:
             raise NoAnswer(f"the validator did not finish record {record} in {seconds:.0f} s") from error
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        said = lines[-1].strip() if lines else f"exit code {done.returncode}"
+        said = exits.sentence(done.stderr.decode(errors="replace")) or f"exit code {done.returncode}"
         match done.returncode:
             case exits.DONE:
                 return None
