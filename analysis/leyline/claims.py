@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -193,32 +194,28 @@ class _Worker:
     def run(self) -> Share:
         done: list[str] = []
         own, others = order(self.tasks, worker=self.number, of=self.of)
-        states = self._look()
+        mine = {task.id for task in own}
         pause = 0.02
         while True:
+            states = self._look()
             if lost := tuple(task.id for task in self.tasks if states[task.id].given_up(self.limits)):
                 return Share(answered=tuple(done), given_up=lost)
-            task = next((task for task in (*own, *others) if self._may_begin(states[task.id])), None)
-            if task is None:
+            todo = deque(task for task in (*own, *others) if self._may_begin(states[task.id]))
+            if not todo:
                 if all(self._over(state) for state in states.values()):
                     return Share(answered=tuple(done))
                 self.sleep(pause)
                 pause = min(2 * pause, _LONGEST_POLL, self.limits.beat_seconds)
-                states = self._look()
                 continue
             pause = 0.02
-            attempt = self._attempt(task, states[task.id])
-            if attempt is None:  # somebody else was faster
-                states = self._look()
-                continue
-            done.append(task.id)
-            state = states[task.id]
-            states[task.id] = replace(
-                state, answers=state.answers | {Answer(self.number, attempt)}, attempts=attempt + 1
-            )
             # Within the own share the claims themselves notice a thief; a thief looks before each step.
-            if task not in own or not any(self._may_begin(states[task.id]) for task in own):
-                states = self._look()
+            while todo:
+                task = todo.popleft()
+                if not self._attempt(task, states[task.id]):
+                    break  # somebody else was faster
+                done.append(task.id)
+                if task.id not in mine or not todo or todo[0].id not in mine:
+                    break
 
     def _look(self) -> dict[str, TaskState]:
         states = read_states(self.store, cycle=self.cycle, tasks=self.tasks, limits=self.limits, since=self.since)
@@ -249,14 +246,14 @@ class _Worker:
         wanted = self.limits.replicas - len(state.workers) - len(state.live)
         return not self._over(state) and wanted > 0
 
-    def _attempt(self, task: Task, state: TaskState) -> int | None:
-        """Claim, compute, answer: the number of the attempt, or None if another worker has claimed it."""
+    def _attempt(self, task: Task, state: TaskState) -> bool:
+        """Claim, compute, answer. False if another worker has claimed it."""
         number = state.attempts
         key = f"{layout.attempts(self.cycle, task.id)}{number}"
         try:
             self.store.put_if_absent(key, f"{self.number} {self.token}".encode())
         except Exists:
-            return None
+            return False
         over = threading.Event()
         beats = threading.Thread(target=self._beat, args=(key, task, over), daemon=True)
         beats.start()
@@ -266,7 +263,7 @@ class _Worker:
             over.set()
             beats.join()
         self.store.put_if_absent(f"{layout.responses(self.cycle, task.id)}{self.number}-{number}", data)
-        return number
+        return True
 
     def _beat(self, key: str, task: Task, over: threading.Event) -> None:
         """A new object each beat, until the answer is there or the attempt has run out of its own time."""
