@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,16 +34,23 @@ def answer(
     inherited: Masks | None,
 ) -> Arrays:
     """The arrays of one round; weights that are pruned already are left out. Malformed names what is not finite."""
-    slices = weights.as_they_lie(request.slices)
+    slices = weights.as_they_lie(read_by(request))
     match request.method:
         case "histogram":
             return _counts(slices, weights, scoring, fisher, inherited, None)
         case "refine":
-            wanted = [slice_ for slice_ in slices if slice_.key in request.buckets]
-            return _counts(wanted, weights, scoring, fisher, inherited, request.buckets)
+            return _counts(slices, weights, scoring, fisher, inherited, request.buckets)
         case "select":
-            return _select(slices, request.ties, weights, scoring, fisher, inherited)
+            untouched = {f"{one.key}/mask": bits.ones(one.stop - one.start) for one in request.slices}
+            return untouched | _select(slices, request.ties, weights, scoring, fisher, inherited)
     raise ValueError(f"{request.method} is no round of basic pruning")
+
+
+def read_by(request: StructuralAnalysisRequest) -> list[Slice]:
+    """The slices whose weights a request has to see."""
+    of: dict[str, Collection[str]] = {"refine": request.buckets, "select": request.ties}
+    wanted = of.get(request.method)
+    return [one for one in request.slices if wanted is None or one.key in wanted]
 
 
 def _counts(
@@ -83,14 +90,13 @@ def _select(
         live = _live(segment, inherited)
         return _keys(segment, values, factors), np.ones(len(values), dtype=np.bool_) if live is None else live
 
-    tied = [slice_ for slice_ in slices if slice_.key in ties]
-    segments = {slice_.key: weights.segments(slice_) for slice_ in tied}
+    segments = {slice_.key: weights.segments(slice_) for slice_ in slices}
     results = scoring.run([segment for found in segments.values() for segment in found], score, fisher)
     arrays: Arrays = {}
     for slice_ in slices:
         active = bits.ones(slice_.stop - slice_.start)
         taken = 0
-        for segment in segments.get(slice_.key, ()):
+        for segment in segments[slice_.key]:
             keys, live = next(results)
             gone, taken = single.select(keys, live, ties[slice_.key], taken)
             bits.clear(active, segment.start - slice_.start, ~gone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 from kasmina.formats import Chunks, TensorRef, gather
@@ -71,6 +72,10 @@ class Extent(NamedTuple):
         return range(self.start // CHUNK, -(-self.stop // CHUNK))
 
 
+Place = tuple[Source, int]
+"""A source, and the number of one of its chunks."""
+
+
 class Reader:
     """Reads extents in order, `ahead` chunks before they are needed; keeps the last chunk for a neighbour."""
 
@@ -79,13 +84,18 @@ class Reader:
         self.ahead = ahead
         self.bytes_read = 0
         self._last: tuple[Source, int, bytes] | None = None
+        self._begun: deque[tuple[Place, Future[bytes]]] = deque()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def stream(self, extents: Sequence[Extent]) -> Iterator[memoryview]:
-        """The bytes of each extent, in their order. A chunk that neighbours share is read once."""
-        fetched = self._fetch(self._missing(extents))
+    def stream(self, extents: Sequence[Extent], following: Sequence[Extent] = ()) -> Iterator[memoryview]:
+        """The bytes of each extent, in their order. A chunk that neighbours share is read once.
+
+        `following` are the extents that will probably be asked for next: their first chunks are read while the last
+        ones of these are used.
+        """
+        fetched = self._fetch(self._missing([*extents, *following]))
         for extent in extents:
             pieces = []
             for number in extent.chunks:
@@ -98,7 +108,7 @@ class Reader:
                 pieces.append(memoryview(self._last[2])[max(extent.start - at, 0) : extent.stop - at])
             yield pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
-    def _missing(self, extents: Sequence[Extent]) -> list[tuple[Source, int]]:
+    def _missing(self, extents: Sequence[Extent]) -> list[Place]:
         """The chunks to read, in order; now, as long as the last one is known."""
         held = self._last[:2] if self._last else None
         wanted = []
@@ -109,18 +119,28 @@ class Reader:
                     wanted.append(held)
         return wanted
 
-    def _fetch(self, wanted: Sequence[tuple[Source, int]]) -> Iterator[bytes]:
-        waiting: deque[Future[bytes]] = deque()
+    def _fetch(self, wanted: Sequence[Place]) -> Iterator[bytes]:
+        """Chunks in order; those after the one that is asked for are begun before it is given."""
+        self._keep(wanted[: self.ahead])
+        for place in wanted[len(self._begun) :]:
+            self._begun.append((place, self._pool.submit(_chunk, *place)))
+            if len(self._begun) > self.ahead:
+                yield self._taken()
+        while self._begun:
+            yield self._taken()
+
+    def _taken(self) -> bytes:
         try:
-            for source, number in wanted:
-                waiting.append(self._pool.submit(_chunk, source, number))
-                if len(waiting) > self.ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # what was not begun is not read, if one chunk was bad
-            for future in waiting:
-                future.cancel()
+            return self._begun.popleft()[1].result()
+        except BaseException:  # what was not begun is not read, if one chunk was bad
+            self._keep(())
+            raise
+
+    def _keep(self, wanted: Sequence[Place]) -> None:
+        """Of what was begun, what is wanted now; the rest was begun for somebody who did not come."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1], zip(self._begun, wanted, strict=False)))
+        while len(self._begun) > same:
+            self._begun.pop()[1].cancel()
 
 
 def read_ahead(memory_bytes: int, scale: float) -> int:

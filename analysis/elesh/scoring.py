@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from elesh.importance import Importance, require_fisher
-from elesh.reading import Reader
+from elesh.reading import Extent, Reader
 from elesh.squares import Floats
 from elesh.weights import Segment
 from kasmina.formats import elements
@@ -25,6 +25,7 @@ class Scoring:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
         self._weights, self._fisher = Reader(ahead=ahead), Reader(ahead=ahead)
+        self._following: Sequence[Extent] = ()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -35,9 +36,10 @@ class Scoring:
     def bytes_read(self) -> int:
         return self._weights.bytes_read + self._fisher.bytes_read
 
-    def read_ahead(self, chunks: int) -> None:
-        """A new attempt may have less memory."""
+    def read_ahead(self, chunks: int, following: Sequence[Extent] = ()) -> None:
+        """A new attempt may have less memory. `following`: weights that will probably be asked for after the next."""
         self._weights.ahead = self._fisher.ahead = chunks
+        self._following = following
 
     def run(self, segments: Sequence[Segment], score: Score[R], fisher: Importance | None = None) -> Iterator[R]:
         """Results in the order of `segments`; with `fisher`, the weights' diagonal Fisher beside them."""
@@ -56,7 +58,7 @@ class Scoring:
     def _read(
         self, segments: Sequence[Segment], fisher: Importance | None
     ) -> Iterator[tuple[Segment, Floats, Floats | None]]:
-        weights = self._weights.stream([segment.extent for segment in segments])
+        weights = self._weights.stream([segment.extent for segment in segments], self._following)
         if fisher is None:
             for segment, raw in zip(segments, weights, strict=True):
                 yield segment, elements(raw, segment.dtype), None

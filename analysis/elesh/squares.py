@@ -17,7 +17,7 @@ from leyline.model import Malformed
 Vector = NDArray[np.float64]
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
-BLOCK = 2**16
+BLOCK = 2**17
 """Elements that are squared at once: as float64 they fit into a core's cache."""
 SEGMENT = 2**20
 """Elements that one thread works on at a time."""

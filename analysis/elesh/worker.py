@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from numpy.typing import NDArray
 
 from elesh import basic, structured
 from elesh.importance import Importance, ImportanceTrouble
-from elesh.reading import read_ahead
+from elesh.reading import AHEAD, Extent, read_ahead
 from elesh.scoring import Scoring
 from elesh.weights import Weights
 from leyline import answers, exits, layout
-from leyline.claims import Task, share
+from leyline.claims import Task, order, share
 from leyline.crypt import KeyRing
 from leyline.digest import sha256_hex
 from leyline.envelope import Trust, Untrusted
@@ -44,6 +45,8 @@ class Analysis:
     requests: Requests
     trust: Trust | None = None
     ring: KeyRing | None = None
+    following: Mapping[str, StructuralAnalysisRequest] = field(default_factory=dict)
+    """By request: the one that this worker will most likely answer after it."""
     _masks: dict[str, Masks] = field(default_factory=dict)
 
     @cached_property
@@ -90,7 +93,7 @@ class Analysis:
 
     def compute(self, request: StructuralAnalysisRequest, scale: float) -> Arrays:
         """The arrays of one answer; `scale` of the buffers that the memory limit allows may be used."""
-        self.scoring.read_ahead(read_ahead(self.requests.limits.memory_bytes, scale))
+        self.scoring.read_ahead(read_ahead(self.requests.limits.memory_bytes, scale), self._expected(request))
         weights, inherited = self.weights, self.inherited(request.inherited)
         if request.method != "structured":
             fisher = self._fisher() if basic.uses_fisher(request.importance) else None
@@ -102,6 +105,14 @@ class Analysis:
                 weights.topology, request.groups, request.importance, self.importance, inherited
             )
         return arrays
+
+    def _expected(self, request: StructuralAnalysisRequest) -> list[Extent]:
+        """Where the weights lie with which the next request begins: enough to read ahead."""
+        following = self.following.get(request.id)
+        with suppress(*INVALID, LookupError):  # what is wrong there is no fault of this request
+            slices = self.weights.as_they_lie(basic.read_by(following)) if following else []
+            return [segment.extent for slice_ in slices[:AHEAD] for segment in self.weights.segments(slice_)]
+        return []
 
     def _gates_wanted(self, scorers: Sequence[str]) -> bool:
         """Where magnitude decides, the others only stand beside it: statistics that nobody published are no loss."""
@@ -174,6 +185,8 @@ def run(
     if not by_id:
         return exits.DONE
     analysis = Analysis(store, requests, trust, ring)
+    tasks = [Task(id=request.id) for request in analysis.as_they_lie()]
+    analysis.following = {task.id: by_id[after.id] for task, after in pairwise(order(tasks, worker=worker, of=of)[0])}
     invalid = False
 
     def compute(task: Task, attempt: int, scale: float) -> bytes:
@@ -188,7 +201,7 @@ def run(
         found = share(
             store=store,
             cycle=cycle,
-            tasks=[Task(id=request.id) for request in analysis.as_they_lie()],
+            tasks=tasks,
             worker=worker,
             of=of,
             limits=requests.limits,

@@ -21,7 +21,7 @@ MAX_PARAMETERS = 5_000_000
 """In one request; a single row of more is a request of its own."""
 MIN_REQUESTS = 16
 """So many where there are as many groups (basic: parameters): work enough to steal."""
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of every key: raised when the same input would be answered otherwise."""
 
 _EMBEDDING = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe)([._]|$)", re.IGNORECASE)
