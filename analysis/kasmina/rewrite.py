@@ -116,7 +116,10 @@ class _Copy:
         start, stop = number * CHUNK, min((number + 1) * CHUNK, self.digest.size)
         chunk = verified_range(self.store, self.key, self.digest, start, stop, self.pin)
         masked = _masked(chunk, start, self.zeroes)
-        return start, masked, self.digest.chunks[number] if masked is chunk else sha256_hex(masked)
+        if masked is chunk:
+            return start, masked, self.digest.chunks[number]
+        del chunk  # of several that are under way at once, each would be held twice while it is hashed
+        return start, masked, sha256_hex(masked)
 
 
 def _owner(tensor: str) -> tuple[str, str]:

@@ -70,6 +70,9 @@ _PARTS = 10_000
 _UPLOADS = 3
 """How often a multipart upload is begun when Complete keeps meeting a conflict."""
 
+_IN_FLIGHT = 3
+"""Parts of an upload that are held at once. With two, SeaweedFS waits for us; four gain nothing more."""
+
 _MAKING = Lock()
 """Many threads that open their first store at once would each make a client of their own, of 10 MB."""
 
@@ -106,8 +109,8 @@ class Credentials:
 class S3Store:
     """One run under `s3://bucket/prefix`. Credentials come from boto3's usual chain, unless they are given.
 
-    `deadline` is how many seconds an operation is retried, with backoff, before it ends in Unreachable. `may_borrow`
-    says of a URI whether imported checkpoints may lie there; left out: anywhere.
+    `deadline` is how many seconds an operation is retried, with backoff, before it ends in Unreachable. For the rest
+    see leyline.open.S3Options.
     """
 
     def __init__(
@@ -123,7 +126,6 @@ class S3Store:
         largest: int | None = None,
         may_borrow: Callable[[str], bool] = lambda _: True,
     ) -> None:
-        """`largest`: bytes that `get` reads at most, a larger object is Damaged. `may_borrow`: see open_store."""
         self._largest = largest
         self._may_borrow = may_borrow
         self._borrowed: dict[str, tuple[S3Store, str]] = {}
@@ -234,7 +236,7 @@ class S3Store:
         uploads = 1 if isinstance(chunks, Iterator) else _UPLOADS
         for left in reversed(range(uploads)):
             try:
-                return self._put_parts(key, checked_chunks(key, chunks, size=size), size)
+                return self._put_parts(key, chunks, size)
             except _Conflict:
                 if not left:
                     raise
@@ -320,7 +322,7 @@ class S3Store:
             yield "If-Match on GET"
         upload = self._begin(key)
         try:
-            part, _ = self._put_part(key, upload, 1, b"3")
+            part = self._put_part(key, upload, 1, b"3")
             with suppress(_PreconditionFailed):
                 self._complete(key, upload, [part])
                 yield "If-None-Match on CompleteMultipartUpload"
@@ -332,8 +334,11 @@ class S3Store:
 
     def _put_parts(self, key: str, chunks: Iterable[Data], size: int) -> bool:
         upload = self._begin(key)
+        once: list[str] = []  # what can be read again is hashed only if it must be compared
+        digests = once if isinstance(chunks, Iterator) else map(sha256_hex, chunks)
+        given = _hashed(chunks, once) if isinstance(chunks, Iterator) else chunks
         try:
-            parts, digests = self._upload(key, upload, chunks)
+            parts = self._upload(key, upload, checked_chunks(key, given, size=size))
             try:
                 self._complete(key, upload, parts)
                 return True
@@ -349,25 +354,22 @@ class S3Store:
             self._abort(key, upload)
             raise
 
-    def _upload(
-        self, key: str, upload: str, chunks: Iterable[Data]
-    ) -> tuple[Sequence[CompletedPartTypeDef], Sequence[str]]:
-        parts: list[Future[tuple[CompletedPartTypeDef, str]]] = []
+    def _upload(self, key: str, upload: str, chunks: Iterable[Data]) -> Sequence[CompletedPartTypeDef]:
+        parts: list[Future[CompletedPartTypeDef]] = []
         # Leaving the pool waits for parts in flight: one that arrives after the abort would stay, and cost money.
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(_IN_FLIGHT) as pool:
             for number, chunk in enumerate(chunks, start=1):
                 parts.append(pool.submit(self._put_part, key, upload, number, chunk))
-                if number > 1:
-                    parts[-2].result()
-            done = [part.result() for part in parts]
-        return [part for part, _ in done], [digest for _, digest in done]
+                if number >= _IN_FLIGHT:
+                    parts[-_IN_FLIGHT].result()
+            return [part.result() for part in parts]
 
     def _begin(self, key: str) -> str:
         name = self._name(key)
         answer = self._ask(key, lambda: self._client.create_multipart_upload(Bucket=self._bucket, Key=name))
         return answer["UploadId"]
 
-    def _put_part(self, key: str, upload: str, number: int, data: Data) -> tuple[CompletedPartTypeDef, str]:
+    def _put_part(self, key: str, upload: str, number: int, data: Data) -> CompletedPartTypeDef:
         name = self._name(key)
         answer = self._ask(
             key,
@@ -375,7 +377,7 @@ class S3Store:
                 Bucket=self._bucket, Key=name, UploadId=upload, PartNumber=number, Body=cast("bytes", data)
             ),
         )
-        return {"PartNumber": number, "ETag": answer["ETag"]}, sha256_hex(data)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
 
     def _complete(self, key: str, upload: str, parts: Sequence[CompletedPartTypeDef]) -> None:
         name = self._name(key)
@@ -393,7 +395,7 @@ class S3Store:
         with suppress(ClientError, BotoCoreError):
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._name(key), UploadId=upload)
 
-    def _stands(self, key: str, size: int, digests: Sequence[str]) -> bool:
+    def _stands(self, key: str, size: int, digests: Iterable[str]) -> bool:
         """Whether exactly these bytes stand under the key, whoever wrote them."""
         try:
             head = self.head(key)
@@ -457,6 +459,12 @@ class S3Store:
         if status >= 500 or status == 429 or code in _TRANSIENT:
             return Unreachable(f"{where}: the store at {self.endpoint} answers {said}; try again later")
         return StoreError(f"{where}: the store answers {status} {said}")
+
+
+def _hashed(chunks: Iterable[Data], digests: list[str]) -> Iterator[Data]:
+    for chunk in chunks:
+        digests.append(sha256_hex(chunk))
+        yield chunk
 
 
 @lru_cache(maxsize=1)

@@ -102,7 +102,7 @@ class ObjectStore(Protocol):
     def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
         """Like put_if_absent for `size` bytes that come in chunks of CHUNK bytes (the last may be shorter).
 
-        At most two chunks are held, so `chunks` must not reuse a buffer it has given away. Nothing is visible
+        At most three chunks are held, so `chunks` must not reuse a buffer it has given away. Nothing is visible
         before the last byte; a failure in `chunks` leaves nothing behind. On "exists" the object is read back
         in ranges and compared. A conflict (409) at the end of a multipart upload can be redone only if
         `chunks` can be iterated again; a generator cannot, and ends in Unreachable.
