@@ -14,7 +14,8 @@ the branch then adds to the shortcut is looked at in the program itself (`joins`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,13 +25,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leyline.masks import Masks, member_dead
+from leyline.masks import Dead, Masks, member_dead
 from leyline.topology import Group, Kind
 from urabrask.interpret import Forward
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest answer. Filled terms are multiplied by exact zeros, so bit-identical is
 what one sees; a kernel that adds in another order may round otherwise."""
+
+_WINDOW = 1 << 19
+"""Elements that are looked at, or filled, at once."""
 
 Fill = Literal["A", "B"]
 _ROLES: dict[Fill, tuple[str, ...]] = {"A": ("producer", "norm"), "B": ("consumer",)}
@@ -103,54 +107,76 @@ class Proof:
 
     @contextmanager
     def _filled(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]], sign: int) -> Iterator[None]:
-        places: dict[str, Tensor] = {}
+        places, last = self._places(fill, pruned)
+        before: dict[str, list[Tensor]] = {}
+        try:
+            for name, dead in places.items():
+                noise, kept = self._noise(fill, name, sign if name in last else 1), before.setdefault(name, [])
+                for values, place in _windows(self.tensors[name], dead):
+                    kept.append(values[place])
+                    values[place] = noise(len(kept[-1]))
+            yield
+        finally:
+            for name, kept in before.items():
+                for (values, place), was in zip(_windows(self.tensors[name], places[name]), kept, strict=False):
+                    values[place] = was
+
+    def _places(self, fill: Fill, pruned: Mapping[str, NDArray[np.bool_]]) -> tuple[dict[str, Dead | None], set[str]]:
+        """What is filled of each tensor (None: all of it), and the tensors that come last before an activation."""
+        places: dict[str, Dead | None] = {}
         last: set[str] = set()
         for id_, bits in pruned.items():
             group = self.masks.groups[id_]
             if group.kind is Kind.LAYER:
-                for name in group.upstream:
-                    if name in self.tensors:
-                        places[name] = torch.ones_like(self.tensors[name], dtype=torch.bool)
+                places |= dict.fromkeys((name for name in group.upstream if name in self.tensors), None)
                 continue
             normed = any(member.role == "norm" for member in group.members)
             last |= {member.parameter for member in group.members if (member.role == "norm") == normed}
             for member in group.members:
                 if member.role in _ROLES[fill] and member.parameter in self.tensors:
                     shape = self.masks.parameters[member.parameter].shape
-                    view, dead = member_dead(member, shape, bits)
-                    place = torch.from_numpy(np.broadcast_to(dead, view).reshape(shape).copy())
-                    known = places.get(member.parameter)
-                    places[member.parameter] = place if known is None else known | place
-        before = {name: self.tensors[name][place].clone() for name, place in places.items()}
-        try:
-            for name, place in places.items():
-                self.tensors[name][place] = self._noise(fill, name, place) * (sign if name in last else 1)
-            yield
-        finally:
-            for name, place in places.items():
-                self.tensors[name][place] = before[name]
+                    known = places.get(member.parameter, Dead(shape, ()))
+                    if known is not None:
+                        places[member.parameter] = Dead(shape, (*known.parts, member_dead(member, shape, bits)))
+        return places, last
 
-    def _noise(self, fill: Fill, name: str, place: Tensor) -> Tensor:
+    def _noise(self, fill: Fill, name: str, sign: int) -> Callable[[int], Tensor]:
+        """Draws so many values for a tensor."""
         tensor = self.tensors[name]
         seed = hashlib.sha256(f"{self.seed}\0{fill}\0{name}".encode()).digest()
         random = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
-        values = torch.randn(int(place.sum()), generator=random, dtype=torch.float32)
         if name not in self.sigmas:
-            self.sigmas[name] = _sigma(tensor, self.masks, name)
-        return (values * self.sigmas[name]).to(tensor.dtype)
+            self.sigmas[name] = _sigma(tensor, self.masks.dead(name))
+        scale = sign * self.sigmas[name]
+        return lambda count: (torch.randn(count, generator=random, dtype=torch.float32) * scale).to(tensor.dtype)
 
 
-def _sigma(tensor: Tensor, masks: Masks, name: str) -> float:
+def _windows(tensor: Tensor, dead: Dead | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of a tensor's values in C order, each with the places (bool) that are pruned; None: all of them.
+
+    A tensor's worth of places, or of float64, would be a quarter, or twice, of what the tensor takes.
+    """
+    flat = tensor.view(-1)
+    for at in range(0, flat.numel(), _WINDOW):
+        values = flat[at : at + _WINDOW]
+        pruned = np.ones(len(values), dtype=np.bool_) if dead is None else dead.range(at, at + len(values))
+        if pruned.any():
+            yield values, torch.from_numpy(pruned)
+
+
+def _sigma(tensor: Tensor, dead: Dead | None) -> float:
     """Standard deviation of the live values; of a constant (a fresh norm) its size, of nothing alive 1."""
-    dead = masks.dead(name)
-    values = tensor.double()
-    live = values if dead is None else values[torch.from_numpy(~dead.full())]
-    if not live.numel():
-        return 1.0
-    if (deviation := float(live.std(correction=0))) > 0:
-        return deviation
-    size = float(live.square().mean().sqrt())
-    return size if size > 0 else 1.0
+    flat = tensor.view(-1)
+    count, mean, squares = 0, 0.0, 0.0
+    for at in range(0, flat.numel(), _WINDOW):  # windows are added up as Chan et al. (1979) do it
+        values = flat[at : at + _WINDOW].double()
+        live = values if dead is None else values[torch.from_numpy(~dead.range(at, at + len(values)))]
+        if new := len(live):
+            variance, middle = (float(each) for each in torch.var_mean(live, correction=0))
+            squares += new * variance + (middle - mean) ** 2 * count * new / (count + new)
+            mean += (middle - mean) * new / (count + new)
+            count += new
+    return (math.sqrt(squares / count) or abs(mean) or 1.0) if count else 1.0
 
 
 def _halves(items: list) -> tuple[list, list]:  # type: ignore[type-arg]
