@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raw import Raw, raw_of
+from checkpoints import child
+from raw import Raw, name_of_raw, raw_of
 
 from emrakul.control import LOOK_GROWTH, LOOK_SECONDS, Controller, Scale, name_of
 from emrakul.core import plan
@@ -56,7 +57,7 @@ class Watched:
             peak = hwm(pid)
             if peak:
                 self._seen(phase, peak)
-                if phase == Phase.VALIDATE.value and not _has_torch(pid):
+                if phase == Phase.VALIDATE.value and _has_torch(pid) is False:
                     self._seen("checks", peak)
 
     def _seen(self, role: str, peak: int) -> None:
@@ -76,28 +77,26 @@ def hwm(pid: int) -> int:
     return 0
 
 
-def _has_torch(pid: int) -> bool:
+def _has_torch(pid: int) -> bool | None:
+    """None: it is ending, and has no memory any more."""
     with suppress(OSError):
-        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-    return False
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        return "libtorch" in maps if maps else None
+    return None
 
 
+@dataclass
 class References:
-    """Plain reading and writing between the phases: seconds for `size` bytes."""
+    """Plain reading, writing and hashing between the phases: seconds for `size` bytes. In a process of its own."""
 
-    def __init__(self, raw: Raw, key: str, size: int) -> None:
-        self.raw, self.key, self.size = raw, key, size
-        self.taken: list[dict[str, float]] = []
+    run: str
+    data: Path
+    key: str
+    size: int
+    taken: list[dict[str, float]] = field(default_factory=list)
 
     def measure(self) -> None:
-        number = len(self.taken)
-        began = time.perf_counter()
-        self.raw.read(self.key, self.size)
-        read = time.perf_counter()
-        self.raw.write(f"raw/{os.getpid()}-{number}", self.size)
-        wrote = time.perf_counter()
-        self.raw.delete(f"raw/{os.getpid()}-{number}")
-        self.taken.append({"read": read - began, "write": wrote - read})
+        self.taken.append(child("raw.py", self.run, str(self.data), self.key, str(self.size)))
 
 
 def drive(controller: Controller, watched: Watched, references: References) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def drive(controller: Controller, watched: Watched, references: References) -> d
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
             pause = LOOK_SECONDS[0]
             continue
-        time.sleep(pause)
+        controller.wait(seen.snapshot, pause)
         pause = min(LOOK_GROWTH * pause, LOOK_SECONDS[1])
 
 
@@ -159,7 +158,7 @@ def main() -> None:
     threading.Thread(target=watched.forever, daemon=True).start()
     key = layout.checkpoint(base.checkpoint, WEIGHTS)
     size = store.head(key).size
-    references = References(raw_of(given.run, given.data), key, min(given.raw_bytes, size))
+    references = References(given.run, given.data, key, min(given.raw_bytes, size))
     cycle = name_of(ask) + (f"-{given.number}" if given.number > 1 else "")
     controller = Controller(
         store,
@@ -180,11 +179,11 @@ def main() -> None:
         "changed": changed(store, base.checkpoint, cycle, base.record),
         "raw": references.taken,
         "raw_bytes": references.size,
-        "raw_name": references.raw.name,
+        "raw_name": name_of_raw(given.run),
         "peaks": {**watched.peaks, "emrakul": hwm(os.getpid())},
     }
     if given.commit:
-        said["moved"], said["moved_raw"] = moved(store, log, references.raw)
+        said["moved"], said["moved_raw"] = moved(store, log, raw_of(given.run, given.data))
     else:
         store.delete(layout.candidate(cycle, base.record, WEIGHTS))  # the disk is not endless
     print(json.dumps(said))

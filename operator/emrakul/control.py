@@ -168,10 +168,16 @@ class Controller:
                 if todo.actions:
                     pause = shortest
                     continue
-                time.sleep(min(pause, todo.wait.total_seconds() if todo.wait else pause))
+                self.wait(snapshot, min(pause, todo.wait.total_seconds() if todo.wait else pause))
                 pause = min(LOOK_GROWTH * pause, longest)
         finally:
             self._runtime.stop()
+
+    def wait(self, snapshot: Snapshot, seconds: float) -> None:
+        """So long, or until a worker has ended: the runtime is asked more often than the store, which costs more."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and self._runtime.jobs() == snapshot.jobs:
+            time.sleep(min(left, LOOK_SECONDS[0]))
 
     # --- actions ---
 
