@@ -7,11 +7,10 @@ from typing import Any
 import click
 
 from emrakul.cli.options import Opened, run_options
-from emrakul.cli.output import Output, size
+from emrakul.cli.output import Output, worked
 from leyline.model import Malformed
 from leyline.records import Admit, End, Kind, Record
 from leyline.store import NotFound
-from leyline.work import Work
 
 
 @click.command()
@@ -106,7 +105,7 @@ def _cycle(run: Opened, out: Output, admit: Record) -> None:
         rows.append(("accuracy", f"{found.accuracy_base:.4f} before, {found.accuracy_candidate:.4f} after"))
     if found.seconds:
         rows.append(("took", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.seconds.items())))
-    rows += [(f"{phase} read", _read(one)) for phase, one in done.items()]
+    rows += worked(done)
     out.facts(rows)
     if found.budgets:
         out.line("")
@@ -123,10 +122,3 @@ def _cycle(run: Opened, out: Output, admit: Record) -> None:
             ],
             wide="bound by",
         )
-
-
-def _read(one: Work) -> str:
-    """What the workers of a phase read, and how fast one of them was."""
-    fast = f" at {size(int(one.bytes_read / one.seconds))}/s a worker" if one.seconds > 0 else ""
-    each = f", {one.parameters / one.seconds / 1e6:.1f} M parameters/s" if one.seconds > 0 and one.parameters else ""
-    return f"{size(one.bytes_read)}{fast}{each}; memory at most {size(one.peak_rss)}"

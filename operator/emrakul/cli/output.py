@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from emrakul.core.snapshot import Phase
+    from leyline.work import Work
+
 
 @dataclass(frozen=True)
 class Output:
@@ -98,3 +101,16 @@ def size(count: int) -> str:
 def masked(counts: Mapping[str, int]) -> str:
     """For people: "3 channels, 1 head"."""
     return ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in counts.items()) or "none"
+
+
+def worked(work: Mapping[Phase, Work]) -> list[tuple[str, str]]:
+    """For people, phase by phase: what the workers read, how fast one of them was, and what it held."""
+    rows = []
+    for phase, one in work.items():
+        said = size(one.bytes_read)
+        if one.seconds > 0:
+            said += f" at {size(int(one.bytes_read / one.seconds))}/s a worker"
+            if one.parameters:
+                said += f", {one.parameters / one.seconds / 1e6:.1f} M parameters/s"
+        rows.append((f"{phase} read", f"{said}; memory at most {size(one.peak_rss)}"))
+    return rows

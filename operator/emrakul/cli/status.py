@@ -1,18 +1,23 @@
-"""`emrakul status RUN`: where a run stands, from its newest record alone."""
+"""`emrakul status RUN`: where a run stands, from its newest record; of its newest cycle also what the workers did."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from emrakul.cli.options import Opened, run_options
-from emrakul.cli.output import Output, ago, iso, masked
+from emrakul.cli.output import Output, ago, iso, masked, worked
 from leyline import layout
 from leyline.fold import PairState, RunState
+from leyline.records import End, Record
 from leyline.report import newest_report
 from leyline.store import NotFound
+
+if TYPE_CHECKING:
+    from emrakul.core.snapshot import Phase
+    from leyline.work import Work
 
 NO_SAVING = "pruned parameters stay as zeroes: masks save neither memory nor time before compaction"
 
@@ -24,6 +29,7 @@ def command(run: Opened, out: Output) -> None:
     tail = run.log.tail()
     state = tail.state
     written = run.store.head(layout.record(state.n)).modified
+    done = _work(run, tail.record, state)
     document = {
         "uri": run.store.uri,
         "run": state.run_id,
@@ -49,6 +55,7 @@ def command(run: Opened, out: Output) -> None:
         "hold": state.hold,
         "breaker": state.breaker.model_dump(mode="json"),
         "live": state.live.model_dump(mode="json") if state.live else None,
+        "work": {phase.value: one.model_dump(mode="json") for phase, one in done.items()},
         "outcomes": state.counters,
         "report": _report(run, state),
         "rollback": _rollback(run, state),
@@ -58,7 +65,7 @@ def command(run: Opened, out: Output) -> None:
     if out.json:
         out.document(document)
     else:
-        out.facts(_rows(document, written=written, now=run.store.now()))
+        out.facts(_rows(document, done, written=written, now=run.store.now()))
 
 
 def _pair(pair: PairState | None) -> dict[str, Any] | None:
@@ -108,6 +115,17 @@ def _rollback(run: Opened, state: RunState) -> dict[str, Any] | None:
     }
 
 
+def _work(run: Opened, newest: Record, state: RunState) -> dict[Phase, Work]:
+    """Of the live cycle, or of the one that the newest record ends."""
+    from emrakul.work import work
+
+    if state.live is not None:
+        return work(run.store, state.live.id, state.live.base)
+    if isinstance(newest.body, End) and newest.id:
+        return work(run.store, newest.id, newest.body.base)
+    return {}
+
+
 def _trust(run: Opened) -> dict[str, Any]:
     if run.trust is None:
         why = "no trust folder is set (EMRAKUL_TRUST), so no signature is checked"
@@ -115,7 +133,7 @@ def _trust(run: Opened) -> dict[str, Any]:
     return {"state": "Trusted", "message": "records and manifests are signed by trusted keys"}
 
 
-def _rows(doc: dict[str, Any], *, written: datetime, now: datetime) -> list[tuple[str, str]]:
+def _rows(doc: dict[str, Any], done: dict[Phase, Work], *, written: datetime, now: datetime) -> list[tuple[str, str]]:
     record = doc["record"]
     rows = [
         ("run", f"{doc['run']} (model {doc['model']})"),
@@ -133,6 +151,7 @@ def _rows(doc: dict[str, Any], *, written: datetime, now: datetime) -> list[tupl
     rows.append(("breaker", f"{breaker['state']}, {breaker['failures']} failures in a row"))
     live = doc["live"]
     rows.append(("live cycle", f"{live['id']} on record {live['base']} ({live['runtime']})" if live else "none"))
+    rows += worked(done)
     ended = "\n".join(f"{count} x {name}" for name, count in sorted(doc["outcomes"].items()))
     rows.append(("ended cycles", ended or "none"))
     if report := doc["report"]:
