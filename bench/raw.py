@@ -1,14 +1,24 @@
-"""What the hardware and the server can do, without us: plain boto3 (8 threads x 16 MiB), plain files."""
+"""What the hardware and the server can do, without us: plain boto3 (8 threads x 16 MiB), plain files.
+
+    python bench/raw.py RUN FOLDER KEY SIZE
+
+says how many seconds it takes to read, to write and to hash (SHA-256) so many bytes.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
+from lines import seconds
 
 THREADS = 8
 PART = 16 * 2**20
@@ -124,6 +134,29 @@ class RawFiles:
         evict(self.folder)
 
 
+def name_of_raw(uri: str) -> str:
+    return RawS3.name if uri.startswith("s3:") else RawFiles.name
+
+
+def hashed(size: int) -> None:
+    """SHA-256 on all cores: it is what every byte that is read or written costs us above the plainest way."""
+    part = os.urandom(PART)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda at: hashlib.sha256(part[: size - at]).digest(), range(0, size, PART)))
+
+
+def main() -> None:
+    uri, folder, key, size = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    raw, new = raw_of(uri, folder), f"raw/{os.getpid()}"
+    took = {
+        "read": seconds(lambda: raw.read(key, size)),
+        "write": seconds(lambda: raw.write(new, size)),
+        "hash": seconds(lambda: hashed(size)),
+    }
+    raw.delete(new)
+    print(json.dumps(took))
+
+
 def evict(folder: Path) -> None:
     for path in _files(folder):
         with suppress(OSError):
@@ -139,3 +172,7 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
         for name in names:
             yield Path(parent, name)
+
+
+if __name__ == "__main__":
+    main()
