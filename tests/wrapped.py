@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from leyline.store import Data, Exists, Head, NotFound, ObjectStore
@@ -38,7 +38,7 @@ class Memory:
             raise Exists(f"{key} exists with other content")
         return made
 
-    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
+    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int, digests: Sequence[str] | None = None) -> bool:
         return self.put_if_absent(key, b"".join(chunks))
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Head]:
@@ -84,8 +84,8 @@ class Wrapped:
     def put_if_absent(self, key: str, data: Data) -> bool:
         return self._written(key, lambda: self.inner.put_if_absent(key, data))
 
-    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
-        return self._written(key, lambda: self.inner.put_stream(key, chunks, size=size))
+    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int, digests: Sequence[str] | None = None) -> bool:
+        return self._written(key, lambda: self.inner.put_stream(key, chunks, size=size, digests=digests))
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Head]:
         return self.inner.list(prefix, after=after)

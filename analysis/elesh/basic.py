@@ -41,7 +41,8 @@ def answer(
         case "refine":
             return _counts(slices, weights, scoring, fisher, inherited, request.buckets)
         case "select":
-            untouched = {f"{one.key}/mask": bits.ones(one.stop - one.start) for one in request.slices}
+            others = [one for one in request.slices if one.key not in request.ties]
+            untouched = {f"{one.key}/mask": bits.ones(one.stop - one.start) for one in others}
             return untouched | _select(slices, request.ties, weights, scoring, fisher, inherited)
     raise ValueError(f"{request.method} is no round of basic pruning")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import takewhile
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 from kasmina.formats import Chunks, TensorRef, gather
@@ -83,6 +83,8 @@ class Reader:
         self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="read")
         self.ahead = ahead
         self.bytes_read = 0
+        """Also what was read for a request that went to somebody else."""
+        self._lock = Lock()
         self._last: tuple[Source, int, bytes] | None = None
         self._begun: deque[tuple[Place, Future[bytes]]] = deque()
 
@@ -101,8 +103,9 @@ class Reader:
             for number in extent.chunks:
                 if self._last is None or (self._last[0], self._last[1]) != (extent.source, number):
                     self._last = None  # let go before the next one is taken
-                    chunk = next(fetched)
-                    self.bytes_read += len(chunk)
+                    place, chunk = next(fetched)
+                    if place != (extent.source, number):
+                        raise AssertionError("two streams of one reader at once")
                     self._last = (extent.source, number, chunk)
                 at = number * CHUNK
                 pieces.append(memoryview(self._last[2])[max(extent.start - at, 0) : extent.stop - at])
@@ -119,28 +122,38 @@ class Reader:
                     wanted.append(held)
         return wanted
 
-    def _fetch(self, wanted: Sequence[Place]) -> Iterator[bytes]:
+    def _fetch(self, wanted: Sequence[Place]) -> Iterator[tuple[Place, bytes]]:
         """Chunks in order; those after the one that is asked for are begun before it is given."""
         self._keep(wanted[: self.ahead])
         for place in wanted[len(self._begun) :]:
-            self._begun.append((place, self._pool.submit(_chunk, *place)))
+            self._begun.append((place, self._pool.submit(self._read, *place)))
             if len(self._begun) > self.ahead:
                 yield self._taken()
         while self._begun:
             yield self._taken()
 
-    def _taken(self) -> bytes:
+    def _taken(self) -> tuple[Place, bytes]:
+        place, future = self._begun.popleft()
         try:
-            return self._begun.popleft()[1].result()
+            return place, future.result()
         except BaseException:  # what was not begun is not read, if one chunk was bad
             self._keep(())
             raise
 
     def _keep(self, wanted: Sequence[Place]) -> None:
         """Of what was begun, what is wanted now; the rest was begun for somebody who did not come."""
-        same = sum(1 for _ in takewhile(lambda pair: pair[0][0] == pair[1], zip(self._begun, wanted, strict=False)))
-        while len(self._begun) > same:
-            self._begun.pop()[1].cancel()
+        begun, self._begun = self._begun, deque()
+        for place, future in begun:
+            if place in wanted[len(self._begun) : len(self._begun) + 1]:
+                self._begun.append((place, future))
+            else:
+                future.cancel()
+
+    def _read(self, source: Source, number: int) -> bytes:
+        chunk = source.read(number * CHUNK, min((number + 1) * CHUNK, source.size))
+        with self._lock:
+            self.bytes_read += len(chunk)
+        return chunk
 
 
 def read_ahead(memory_bytes: int, scale: float) -> int:
@@ -149,7 +162,3 @@ def read_ahead(memory_bytes: int, scale: float) -> int:
     Beside those in flight two are held: the one in use, and one that spans to the next.
     """
     return max(0, min(AHEAD, int(memory_bytes * scale / 3) // CHUNK - 2))
-
-
-def _chunk(source: Source, number: int) -> bytes:
-    return source.read(number * CHUNK, min((number + 1) * CHUNK, source.size))

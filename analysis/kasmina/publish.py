@@ -284,7 +284,7 @@ class _Watched:
 
 def _write(store: ObjectStore, key: str, content: Content, digest: ObjectDigest) -> None:
     watched = _Watched(content)
-    store.put_stream(key, watched, size=digest.size)
+    store.put_stream(key, watched, size=digest.size, digests=digest.chunks)
     if watched.digest is not None and watched.digest != digest:
         raise Malformed(f"{key} changed while it was written; do not train while publishing, and publish again")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def copy_masked(
     head = store.head(source + stored.path)
     here = tuple(sorted((each for each in zeroes if each.box.object == stored.path), key=lambda each: each.box.offset))
     copy = _Copy(store, source + stored.path, stored.digest, head.pin, here, ahead)
-    store.put_stream(target + stored.path, copy, size=stored.digest.size)
+    store.put_stream(target + stored.path, copy, size=stored.digest.size, digests=copy.digests)
     return StoredObject(path=stored.path, digest=digest_of_chunks(stored.digest.size, copy.digests))
 
 
@@ -86,9 +86,11 @@ class _Copy:
     pin: str
     zeroes: tuple[Zeroes, ...]
     ahead: int
+    digests: list[str] = field(default_factory=list)
+    """SHA-256 of each masked chunk that was given."""
 
     def __iter__(self) -> Iterator[Data]:
-        self.digests: list[str] = []
+        self.digests.clear()
         checksums = Checksums(each.box.record for each in self.zeroes if each.box.record)
         known = checksums.ahead
         if known:

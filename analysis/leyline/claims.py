@@ -214,7 +214,7 @@ class _Worker:
                 if not self._attempt(task, states[task.id]):
                     break  # somebody else was faster
                 done.append(task.id)
-                if task.id not in mine or not todo or todo[0].id not in mine:
+                if task.id not in mine or (todo and todo[0].id not in mine):
                     break
 
     def _look(self) -> dict[str, TaskState]:

@@ -12,7 +12,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,7 +79,14 @@ class LocalStore:
     def put_if_absent(self, key: str, data: Data) -> bool:
         return self._put(key, [data])
 
-    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
+    def put_stream(
+        self,
+        key: str,
+        chunks: Iterable[Data],
+        *,
+        size: int,
+        digests: Sequence[str] | None = None,  # noqa: ARG002  files are compared byte by byte
+    ) -> bool:
         return self._put(key, checked_chunks(key, chunks, size=size))
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Head]:

@@ -226,7 +226,7 @@ class S3Store:
             raise self._taken(key) from error
         return True
 
-    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
+    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int, digests: Sequence[str] | None = None) -> bool:
         if size <= CHUNK:
             return self.put_if_absent(key, b"".join(checked_chunks(key, chunks, size=size)))
         if size > _PARTS * CHUNK:
@@ -236,7 +236,7 @@ class S3Store:
         uploads = 1 if isinstance(chunks, Iterator) else _UPLOADS
         for left in reversed(range(uploads)):
             try:
-                return self._put_parts(key, chunks, size)
+                return self._put_parts(key, chunks, size, digests)
             except _Conflict:
                 if not left:
                     raise
@@ -332,13 +332,12 @@ class S3Store:
     def _name(self, key: str) -> str:
         return self._prefix + checked_key(key)
 
-    def _put_parts(self, key: str, chunks: Iterable[Data], size: int) -> bool:
+    def _put_parts(self, key: str, chunks: Iterable[Data], size: int, digests: Sequence[str] | None) -> bool:
+        if digests is None:
+            digests, chunks = _hashed(chunks)
         upload = self._begin(key)
-        once: list[str] = []  # what can be read again is hashed only if it must be compared
-        digests = once if isinstance(chunks, Iterator) else map(sha256_hex, chunks)
-        given = _hashed(chunks, once) if isinstance(chunks, Iterator) else chunks
         try:
-            parts = self._upload(key, upload, checked_chunks(key, given, size=size))
+            parts = self._upload(key, upload, checked_chunks(key, chunks, size=size))
             try:
                 self._complete(key, upload, parts)
                 return True
@@ -395,7 +394,7 @@ class S3Store:
         with suppress(ClientError, BotoCoreError):
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._name(key), UploadId=upload)
 
-    def _stands(self, key: str, size: int, digests: Iterable[str]) -> bool:
+    def _stands(self, key: str, size: int, digests: Sequence[str]) -> bool:
         """Whether exactly these bytes stand under the key, whoever wrote them."""
         try:
             head = self.head(key)
@@ -461,10 +460,16 @@ class S3Store:
         return StoreError(f"{where}: the store answers {status} {said}")
 
 
-def _hashed(chunks: Iterable[Data], digests: list[str]) -> Iterator[Data]:
-    for chunk in chunks:
-        digests.append(sha256_hex(chunk))
-        yield chunk
+def _hashed(chunks: Iterable[Data]) -> tuple[list[str], Iterator[Data]]:
+    """A list that fills with the chunks' digests while they pass, and the chunks."""
+    digests: list[str] = []
+
+    def passing() -> Iterator[Data]:
+        for chunk in chunks:
+            digests.append(sha256_hex(chunk))
+            yield chunk
+
+    return digests, passing()
 
 
 @lru_cache(maxsize=1)

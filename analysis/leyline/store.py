@@ -7,7 +7,7 @@ Keys are relative to the run: "log/0/0.json". An adapter knows its prefix; nobod
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -99,13 +99,15 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int) -> bool:
+    def put_stream(self, key: str, chunks: Iterable[Data], *, size: int, digests: Sequence[str] | None = None) -> bool:
         """Like put_if_absent for `size` bytes that come in chunks of CHUNK bytes (the last may be shorter).
 
         At most three chunks are held, so `chunks` must not reuse a buffer it has given away. Nothing is visible
         before the last byte; a failure in `chunks` leaves nothing behind. On "exists" the object is read back
         in ranges and compared. A conflict (409) at the end of a multipart upload can be redone only if
         `chunks` can be iterated again; a generator cannot, and ends in Unreachable.
+
+        `digests`: SHA-256 of each chunk, for callers who take them anyway; it may fill while the chunks pass.
         """
         ...
 

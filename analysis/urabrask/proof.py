@@ -117,7 +117,7 @@ class Proof:
                     values[place] = noise(len(kept[-1]))
             yield
         finally:
-            for name, kept in before.items():
+            for name, kept in reversed(before.items()):  # of two names of one tensor the second saw the first's noise
                 for (values, place), was in zip(_windows(self.tensors[name], places[name]), kept, strict=False):
                     values[place] = was
 
@@ -174,9 +174,12 @@ def _sigma(tensor: Tensor, dead: Dead | None) -> float:
         if new := len(live):
             variance, middle = (float(each) for each in torch.var_mean(live, correction=0))
             squares += new * variance + (middle - mean) ** 2 * count * new / (count + new)
-            mean += (middle - mean) * new / (count + new)
+            mean = mean + (middle - mean) * new / (count + new) if count else middle
             count += new
-    return (math.sqrt(squares / count) or abs(mean) or 1.0) if count else 1.0
+    deviation = math.sqrt(squares / count) if count else 0.0
+    if deviation > 1e-9 * abs(mean):  # below, it is how a constant's sum was rounded
+        return deviation
+    return abs(mean) if abs(mean) > 0 else 1.0
 
 
 def _halves(items: list) -> tuple[list, list]:  # type: ignore[type-arg]

@@ -375,7 +375,7 @@ class Away(LocalStore):
             raise Unreachable("the store is away")
         return super().put_if_absent(key, data)
 
-    def put_stream(self, key: str, chunks: Any, *, size: int) -> bool:
+    def put_stream(self, key: str, chunks: Any, *, size: int, digests: Any = None) -> bool:
         if key.startswith("checkpoints/4-"):
             raise Unreachable("the store is away")
         return super().put_stream(key, chunks, size=size)

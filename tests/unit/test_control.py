@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,6 +74,31 @@ def end(run: History) -> tuple[str, End]:
     record = run.log.tail().record
     assert isinstance(record.body, End)
     return record.reason, record.body
+
+
+def test_a_driver_that_waits_sees_at_once_that_a_worker_has_ended(run: History) -> None:
+    run.publish(100)
+    looking = controller(run, run.publish(200))
+    snapshot = replace(looking.look().snapshot, jobs=(job(running=True),))
+
+    class Ending(Idle):
+        """Its worker ends after a fifth of a second."""
+
+        began = time.monotonic()
+
+        def jobs(self) -> tuple[Job, ...]:
+            return (job(running=time.monotonic() < self.began + 0.2),)
+
+    looking._runtime = Ending()
+    looking.wait(snapshot, 30)
+    assert 0.2 <= time.monotonic() - Ending.began < 5
+    began = time.monotonic()
+    looking.wait(replace(snapshot, jobs=(job(running=False),)), 0.3)
+    assert time.monotonic() - began >= 0.3, "nothing has changed since the look"
+
+
+def job(*, running: bool) -> Job:
+    return Job(phase=Phase.ANALYSE, launch=0, step=0, created=datetime(2000, 1, 1, tzinfo=UTC), running=running)
 
 
 def test_a_cycle_on_a_retired_base_is_refused_and_not_tried_for_ever(run: History) -> None:

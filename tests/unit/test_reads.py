@@ -118,4 +118,4 @@ def test_more_workers_read_again_what_lies_across_their_borders_and_no_more(tmp_
     borders = sum(answered[a.id] != answered[b.id] for a, b in pairwise(tasks))
     stolen = sum(task not in order(tasks, worker=answered[task.id], of=3)[0] for task in tasks)
     twice = phases.base["analyse 0"].total() - once(run).total()
-    assert 0 < twice <= borders + 2 * stolen
+    assert 0 < twice <= borders + 4 * stolen, "of what is stolen, two chunks had been read ahead"

@@ -12,6 +12,7 @@ from kasmina.evaluation import export_program
 from leyline.ids import parameter_uuid
 from leyline.masks import Masks
 from leyline.topology import Group, Kind, Member, Parameter, Topology
+from urabrask import proof
 from urabrask.interpret import Interpreter, load_program
 from urabrask.joins import joining_fault
 from urabrask.proof import Proof
@@ -105,6 +106,13 @@ GROUPS: dict[str, tuple[type[nn.Module], Kind, int, Parts]] = {
     "mlp": (Attention, Kind.CHANNEL, 12, MLP),
     "layer": (Conv, Kind.LAYER, 1, LAYER),
 }
+
+
+@pytest.fixture(autouse=True, params=[7, proof._WINDOW], ids=["windows of 7", "one window"])
+def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused may not depend on how much of a tensor is looked at at once."""
+    monkeypatch.setattr(proof, "_WINDOW", request.param)
+
 
 PROGRAMS: dict[tuple[type, torch.dtype, type], bytes] = {}
 
