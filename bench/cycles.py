@@ -101,7 +101,7 @@ def phases(
     analysis_raw = Sample(tuple(raw(cycle, 0, read=size) for cycle in cycles))
     apply_raw = Sample(tuple(raw(cycle, 1, read=size, write=size) for cycle in cycles))
     checks_raw = Sample(tuple(raw(cycle, 2, read=size + cycle["changed"]) for cycle in cycles))
-    hashing = Sample(tuple(raw(cycle, 1, hash=4 * size + cycle["changed"]) for cycle in cycles))
+    hashing = Sample(tuple(raw(cycle, 1, hash=3 * size + 2 * cycle["changed"]) for cycle in cycles))
     analysis = each("analyse")
     rate = analysis.per(cycles[0]["parameters"] / 1e6)
     yield line("analysis", analysis, f"reading it: {plainly}", analysis_raw)
@@ -134,7 +134,7 @@ def phases(
         "at most 1.2 x" if limit and on_server else "", ratio <= 1.2 if limit and on_server else None,
     )  # fmt: skip
     yield line(
-        "storage phases, hashing counted", storage, f"the same bytes, and their SHA-256: {plainly}",
+        "storage phases, hashing counted", storage, f"the same bytes, then their SHA-256: {plainly}",
         summed(raw_all, hashing),
     )  # fmt: skip
     whole = Sample(tuple(sum(cycle["seconds"].values()) for cycle in cycles))
