@@ -7,6 +7,7 @@ is shown to people; nothing that is decided rests on it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from emrakul.core.snapshot import Phase
@@ -16,11 +17,13 @@ from leyline.candidate import Copied
 from leyline.log import Log
 from leyline.model import Malformed, Value
 from leyline.records import Kind
-from leyline.store import Exists, NotFound, ObjectStore
+from leyline.store import Exists, Head, NotFound, ObjectStore
 from leyline.work import Work, add_up
 
 LOOK_BACK = 256
 """Records before its own in which a cycle looks for one whose workers were measured."""
+_AT_ONCE = 8
+"""Answers that are read at once."""
 _WHOLE = (ROUND["structured"], ROUND["histogram"])
 """The rounds that read every weight of their requests: others would make workers look faster than they are."""
 
@@ -71,13 +74,20 @@ def _measured(store: ObjectStore, log: Log, admitted: int) -> Rate | None:
 
 
 def _scored(store: ObjectStore, cycle: str, *, rounds: tuple[int, ...] = tuple(ROUND.values())) -> Iterator[Work]:
+    def of(head: Head) -> Work:
+        with suppress(Malformed, NotFound):
+            said = answers.message(store, head)
+            if said.status == "answered":
+                return Work(**said.model_dump(include=set(Work.model_fields)))
+        return Work()
+
+    wanted = []
     for head in store.list(layout.responses(cycle)):
         number, _, index = head.key.removeprefix(layout.responses(cycle)).partition("/")[0].partition("-")
         if number.isdecimal() and index.isdecimal() and int(number) in rounds:
-            with suppress(Malformed, NotFound):
-                said = answers.message(store, head)
-                if said.status == "answered":
-                    yield Work(**said.model_dump(include=set(Work.model_fields)))
+            wanted.append(head)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a billion weights have two hundred answers
+        yield from pool.map(of, wanted)
 
 
 def _copied(store: ObjectStore, cycle: str, base: int) -> Iterator[Work]:

@@ -11,13 +11,16 @@ from emrakul.cli.options import Opened, run_options
 from emrakul.cli.output import Output, ago, iso, masked, worked
 from leyline import layout
 from leyline.fold import PairState, RunState
-from leyline.records import End, Record
+from leyline.records import End
 from leyline.report import newest_report
 from leyline.store import NotFound
 
 if TYPE_CHECKING:
     from emrakul.core.snapshot import Phase
     from leyline.work import Work
+
+_LOOK_BACK = 16
+"""Records in which the newest cycle is looked for."""
 
 NO_SAVING = "pruned parameters stay as zeroes: masks save neither memory nor time before compaction"
 
@@ -29,7 +32,7 @@ def command(run: Opened, out: Output) -> None:
     tail = run.log.tail()
     state = tail.state
     written = run.store.head(layout.record(state.n)).modified
-    done = _work(run, tail.record, state)
+    done = _work(run, state)
     document = {
         "uri": run.store.uri,
         "run": state.run_id,
@@ -115,14 +118,16 @@ def _rollback(run: Opened, state: RunState) -> dict[str, Any] | None:
     }
 
 
-def _work(run: Opened, newest: Record, state: RunState) -> dict[Phase, Work]:
-    """Of the live cycle, or of the one that the newest record ends."""
+def _work(run: Opened, state: RunState) -> dict[Phase, Work]:
+    """Of the live cycle, or of the newest that ended, if that is not long ago."""
     from emrakul.work import work
 
     if state.live is not None:
         return work(run.store, state.live.id, state.live.base)
-    if isinstance(newest.body, End) and newest.id:
-        return work(run.store, newest.id, newest.body.base)
+    for n in range(state.n, max(state.n - _LOOK_BACK, 0), -1):
+        record, _ = run.log.read(n)
+        if isinstance(record.body, End):
+            return work(run.store, record.id, record.body.base)
     return {}
 
 
