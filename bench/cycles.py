@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -136,6 +137,11 @@ def phases(
     yield line(
         "storage phases, hashing counted", storage, f"the same bytes, then their SHA-256: {plainly}",
         summed(raw_all, hashing),
+    )  # fmt: skip
+    yield Line(
+        group=group, what=named + "cores at work in analysis and apply", unit="%",
+        figure=Sample(tuple(statistics.mean(c["busy"][phase] for phase in PHASES[:2]) for c in cycles)),
+        reference=plainly, against=Sample(tuple(statistics.mean(raw["busy"] for raw in c["raw"]) for c in cycles)),
     )  # fmt: skip
     whole = Sample(tuple(sum(cycle["seconds"].values()) for cycle in cycles))
     without = summed(whole, gate.times(-1), proof.times(-1))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import machine
 from checkpoints import child
 from raw import Raw, name_of_raw, raw_of
 
@@ -102,7 +103,8 @@ class References:
 def drive(controller: Controller, watched: Watched, references: References) -> dict[str, Any]:
     """The cycle to its end; seconds of each phase, and of what the control plane does between them."""
     seconds: dict[str, float] = {}
-    running: tuple[str, float] | None = None
+    busy: dict[str, float] = {}
+    running: tuple[str, float, tuple[int, int]] | None = None
     pause = LOOK_SECONDS[0]
     while True:
         began = time.perf_counter()
@@ -110,6 +112,7 @@ def drive(controller: Controller, watched: Watched, references: References) -> d
         todo = seen.plan
         if running and todo.actions:
             seconds[running[0]] = time.perf_counter() - running[1]
+            busy[running[0]] = machine.busy(running[2])
             running = None
             began = time.perf_counter()
         if todo.done:
@@ -118,6 +121,7 @@ def drive(controller: Controller, watched: Watched, references: References) -> d
             assert end is not None
             return {
                 "seconds": seconds,
+                "busy": busy,
                 "outcome": f"{end.body.outcome}/{end.reason}",  # type: ignore[union-attr]
                 "message": end.message,
             }
@@ -125,7 +129,7 @@ def drive(controller: Controller, watched: Watched, references: References) -> d
         if launched is not None:
             watched.phase = launched.phase.value
             references.measure()
-            running = launched.phase.value, time.perf_counter()
+            running = launched.phase.value, time.perf_counter(), machine.jiffies()
             controller.act(seen)
             pause = LOOK_SECONDS[0]
             continue

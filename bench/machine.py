@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -46,3 +47,17 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)operator", ":(top)analysis")
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+
+
+def jiffies() -> tuple[int, int]:
+    """What the cores have worked so far, and that with their idle time. Nothing where there is no /proc."""
+    with suppress(OSError):
+        times = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(times) - times[3] - times[4], sum(times)
+    return 0, 0
+
+
+def busy(since: tuple[int, int]) -> float:
+    """Per cent of the cores' time that was work."""
+    worked, all_ = (now - before for now, before in zip(jiffies(), since, strict=True))
+    return 100 * worked / all_ if all_ else 0.0

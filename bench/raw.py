@@ -2,7 +2,7 @@
 
     python bench/raw.py RUN FOLDER KEY SIZE
 
-says how many seconds it takes to read, to write and to hash (SHA-256) so many bytes.
+says how many seconds it takes to read, to write and to hash (SHA-256) so many bytes, and how busy the cores were.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from lines import seconds
+from machine import busy, jiffies
 
 THREADS = 8
 PART = 16 * 2**20
@@ -151,11 +152,10 @@ def main() -> None:
     uri, folder, key, size = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     raw, new = raw_of(uri, folder), f"raw/{os.getpid()}"
     raw.read(key, 1)  # the first call of a client sets it up
-    took = {
-        "read": seconds(lambda: raw.read(key, size)),
-        "write": seconds(lambda: raw.write(new, size)),
-        "hash": seconds(lambda: hashed(size)),
-    }
+    since = jiffies()
+    took = {"read": seconds(lambda: raw.read(key, size)), "write": seconds(lambda: raw.write(new, size))}
+    took["busy"] = busy(since)
+    took["hash"] = seconds(lambda: hashed(size))
     raw.delete(new)
     print(json.dumps(took))
 
