@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,43 @@ def test_torchs_own_formats(run: LocalStore, tmp_path: Path, name: str) -> None:
             "fc.weight": ("twin.weight",),
             "other.weight": (),
         }
+
+
+LAYOUTS = {
+    "beside the model": lambda model, optimizer: {"model": model, "optimizer": optimizer, "epoch": 3},
+    "beside a network": lambda model, optimizer: {"net": model, "optimizer": optimizer},
+    "inside of an app": lambda model, optimizer: {"app": {"model": model, "optim": optimizer}},
+    "in a list": lambda model, optimizer: {"state_dict": model, "optimizer_states": [optimizer]},
+    "among the weights": lambda model, optimizer: {**model, "adam": optimizer},
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("form", ["torch.save", "dcp", "before 1.6"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_optimizers_moments_are_no_weights(run: LocalStore, tmp_path: Path, form: str, layout: str) -> None:
+    """Pruned by magnitude, the second moments would be the first to go."""
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.weight]["exp_avg"].shape == (3, 4)
+    saved = LAYOUTS[layout](model.state_dict(), optimizer.state_dict())
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    if form == "dcp":
+        torch.distributed.checkpoint.save(saved, checkpoint_id=folder, no_dist=True)
+    elif form == "torch.save":
+        torch.save(saved, folder / "last.ckpt")
+    else:
+        torch.save(saved, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+        command = (sys.executable, "-m", "kasmina.convert", tmp_path / "old.pt", folder / "model.safetensors")
+        subprocess.run(command, check=True)  # it limits its own process
+    done = adopt(run, str(folder))
+    topology = Topology.parse(run.get(f"checkpoints/{done.checkpoint}/topology.json"), name="topology")
+    (name,) = topology.parameters
+    assert name.split(".")[-1] == "weight"
+    assert done.parameters == 12
 
 
 def test_a_header_that_lies_is_refused(run: LocalStore, folder: Path) -> None:

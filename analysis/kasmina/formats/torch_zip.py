@@ -22,6 +22,8 @@ Path = tuple[str, ...]
 ROOTS = ("state_dict", "model_state_dict", "model")
 """Keys under which trainers keep the weights beside other things."""
 
+_STATE = "state"
+"""Where `Optimizer.state_dict()` keeps moments, by parameter."""
 _MAX_NODES = 200_000
 """Values that are looked at: a pickle can name one value many times, each time inside itself."""
 _MAX_DEPTH = 64
@@ -133,7 +135,11 @@ def tensors_of(tree: Any, *, name: str) -> Iterable[tuple[Path, View]]:
 
 
 def weights_of(found: Mapping[Path, T], *, name: str) -> dict[str, T]:
-    """The weights among what lies at these paths, by name: what is under one of ROOTS, if anything is."""
+    """The weights among what lies at these paths, by name: what is under one of ROOTS, if anything is.
+
+    What an optimizer keeps (`state`, then the parameter, then the moment) is none, under whatever key it lies.
+    """
+    found = {path: one for path, one in found.items() if _STATE not in path[:-2]}
     roots = [root for root in ROOTS if any(len(path) > 1 and path[0] == root for path in found)]
     named: dict[str, T] = {}
     for path, one in found.items():
