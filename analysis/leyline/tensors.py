@@ -25,6 +25,8 @@ ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+_SIDES = 64
+"""Axes of a tensor; torch allows as many."""
 _NUMPY = {
     "BOOL": "?", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
     "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
@@ -103,7 +105,8 @@ def _entry(key: str, value: Any, base: int, name: str) -> Entry:
     if dtype not in ITEMSIZE:
         raise Malformed(f"{name}: tensor {key} has dtype {dtype!r}; known are {', '.join(ITEMSIZE)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Malformed(f"{name}: tensor {key} has shape {shape!r} and offsets {offsets!r}; they must be naturals")
+        said = f"shape {shape!r:.200} and offsets {offsets!r:.200}"
+        raise Malformed(f"{name}: tensor {key} has {said}; they must be naturals, of at most {_SIDES} axes")
     count = 1
     for side in shape:
         count *= side
@@ -116,7 +119,11 @@ def _entry(key: str, value: Any, base: int, name: str) -> Entry:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _SIDES
+        and all(type(item) is int and 0 <= item < 2**62 for item in value)
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -92,6 +92,8 @@ SAFETENSORS: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "hole": (lambda: header({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12)), "hole"),
     "data behind the last tensor": (lambda: header({"a": entry(0, 4, [1])}, bytes(12)), "its header speaks of"),
     "product overflows": (lambda: header({"a": entry(0, 4, [2**33, 2**33])}, bytes(4)), "needs"),
+    "240 sides": (lambda: header({"a": entry(0, 4, [2**61] * 240)}, bytes(4)), "at most 64 axes"),
+    "700,000 sides": (lambda: header({"a": entry(0, 4, [2**61] * 700_000)}, bytes(4)), "at most 64 axes"),
     "negative side": (lambda: header({"a": entry(0, 4, [-1, -1])}, bytes(4)), "naturals"),
     "side is text": (lambda: header({"a": entry(0, 4, ["1"])}, bytes(4)), "naturals"),
     "unknown dtype": (lambda: header({"a": entry(0, 4, [1], "F128")}, bytes(4)), "known are"),
@@ -338,6 +340,12 @@ def piece_twice(document: Any) -> None:
     chunks.append(chunks[0])
 
 
+def nowhere(document: Any) -> None:
+    """An empty tensor, and not even one piece of it."""
+    document.state_dict_metadata["b"].size = torch.Size([0])
+    document.state_dict_metadata["b"].chunks = []
+
+
 def lost(document: Any) -> None:
     del document.storage_data[next(iter(document.storage_data))]
 
@@ -360,6 +368,7 @@ DCP: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "pieces overlap": (distributed(moved), "overlap"),
     "pieces do not tile": (distributed(other_size), "do not tile"),
     "a piece twice": (distributed(piece_twice), "do not tile"),
+    "a tensor without a piece": (distributed(nowhere), "do not tile"),
     "a piece without a place": (distributed(lost), "no place for the piece"),
     "another tensor's place": (distributed(exchanged), "says F32|something else"),
     "compressed pieces": (distributed(every_place(transform_descriptors=["zstd"])), "stored transformed"),

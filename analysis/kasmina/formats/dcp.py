@@ -166,7 +166,7 @@ def _must_tile(shape: tuple[int, ...], pieces: list[Piece], path: str, name: str
         ends = [0, *(stop for _, stop in cuts)]
         whole = whole and ends[:-1] == [start for start, _ in cuts] and ends[-1] == side
         count *= len(cuts)
-    if not whole or len(pieces) != count or len({piece.origin for piece in pieces}) != count:
+    if not whole or not pieces or len(pieces) != count or len({piece.origin for piece in pieces}) != count:
         raise Malformed(f"{path}: the pieces of {name} do not tile its shape {list(shape)}; save it again")
 
 
