@@ -29,6 +29,9 @@ _LIMITS = {
     resource.RLIMIT_CORE: 0,
 }
 
+_LARGER = 16
+"""Times the source that its tensors may take: tied ones become copies, but a value is no terabyte."""
+
 
 def convert(source: BinaryIO, target: BinaryIO, *, name: str) -> int:
     """Write the weights in `source` as safetensors; how many tensors there are. Tied tensors become copies."""
@@ -36,7 +39,7 @@ def convert(source: BinaryIO, target: BinaryIO, *, name: str) -> int:
         raise Malformed(f"{name} is no file from before torch 1.6; if torch.save wrote it, it is read as it is")
     refs = read_legacy(source, name=name)
     order = sorted(refs, key=lambda tensor: (-refs[tensor].boxes[0].itemsize, tensor))  # keeps every tensor aligned
-    target.write(_header(refs, order, name))
+    target.write(_header(refs, order, source.seek(0, os.SEEK_END), name))
 
     def read(_: str, start: int, stop: int) -> bytes:
         source.seek(start)
@@ -50,9 +53,10 @@ def convert(source: BinaryIO, target: BinaryIO, *, name: str) -> int:
     return len(order)
 
 
-def _header(refs: Mapping[str, TensorRef], order: Sequence[str], name: str) -> bytes:
+def _header(refs: Mapping[str, TensorRef], order: Sequence[str], size: int, name: str) -> bytes:
+    """`size`: bytes of the source."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
+    position, most = 0, _LARGER * size
     for tensor in order:
         ref = refs[tensor]
         if ref.dtype not in ITEMSIZE:
@@ -60,6 +64,11 @@ def _header(refs: Mapping[str, TensorRef], order: Sequence[str], name: str) -> b
         offsets = [position, position + ref.nbytes]
         header[tensor] = {"dtype": ref.dtype, "shape": list(ref.shape), "data_offsets": offsets}
         position = offsets[1]
+    if position > most:
+        raise Malformed(
+            f"{name} is {size:,} bytes long, and its tensors {position:,}: they are views of the same few values; save "
+            "clones of those that you need"
+        )
     return framed(json.dumps(header, separators=(",", ":")).encode())
 
 
@@ -69,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with source.open("rb") as old, target.open("xb") as new:
             for limit, value in _LIMITS.items():
+                hard = resource.getrlimit(limit)[1]
+                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
                 resource.setrlimit(limit, (value, value))
             try:
                 count = convert(old, new, name=source.name)

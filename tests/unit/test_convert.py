@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 import stored
 from emrakul.cli import main
 from emrakul.cli.errors import DAMAGED, DONE
+from leyline import exits
 
 
 class Canary:
@@ -56,6 +60,8 @@ def test_the_weights_are_the_same(tmp_path: Path) -> None:
     [
         (lambda folder: Canary(folder / "canary"), "posix.mkdir"),
         (lambda folder: {"a": torch.ones(2, dtype=torch.complex64)}, "C64, which safetensors cannot hold"),
+        (lambda folder: {"a": torch.ones(1).expand(10**12)}, "they are views of the same few values"),
+        (lambda folder: dict.fromkeys(map(str, range(100)), torch.ones(10**5)), "views of the same few values"),
     ],
 )
 def test_what_is_refused_leaves_nothing(
@@ -66,6 +72,42 @@ def test_what_is_refused_leaves_nothing(
     assert main(["convert", source, target]) == DAMAGED
     assert sentence in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.pt"]
+
+
+GREEDY = """
+import sys
+import kasmina.convert as convert
+
+def greedy(source, target, *, name):
+    target.write(b"half")
+    {what}
+    return 0
+
+convert.convert = greedy
+sys.exit(convert.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [("bytearray(1_500_000_000)", "out of memory"), ("[open('/dev/null') for _ in range(20)]", "Too many open files")],
+)
+def test_the_process_has_no_means(tmp_path: Path, what: str, sentence: str) -> None:
+    (tmp_path / "old.pt").write_bytes(b"")
+    command = [sys.executable, "-c", GREEDY.format(what=what), str(tmp_path / "old.pt"), str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == exits.BAD_INPUT
+    assert sentence in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_limits_that_are_lower_already_stay(tmp_path: Path) -> None:
+    def low() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))
+
+    source, target = written(tmp_path, {"a": torch.ones(2)})
+    subprocess.run([sys.executable, "-m", "kasmina.convert", source, target], preexec_fn=low, check=True)
+    assert load_file(target)["a"].tolist() == [1, 1]
 
 
 def test_a_new_file_needs_no_conversion_and_nothing_is_replaced(
