@@ -117,17 +117,21 @@ def distributed(weights: Mapping[str, builders.Tensor], folder: Path) -> Stored:
     return "dcp", {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def distributed_grid(weights: Mapping[str, builders.Tensor]) -> Stored:
-    """As four ranks write it that share each matrix as a grid of 2 x 2: torch's own classes, and no process group."""
-    files = {f"__{rank}_0.distcp": bytearray(rank) for rank in range(4)}
+def distributed_grid(weights: Mapping[str, builders.Tensor], rows: int = 2, columns: int = 2) -> Stored:
+    """As ranks write it that share each matrix as a grid: torch's own classes, and no process group."""
+    ranks, parts = rows * columns, (rows, columns)
+    files = {f"__{rank}_0.distcp": bytearray(rank) for rank in range(ranks)}
     described, places = {}, {}
     for name, one in torch_tensors(weights).items():
-        cuts = [[0, side // 2, side] if side > 1 and axis < 2 else [0, side] for axis, side in enumerate(one.shape)]
+        cuts = []
+        for axis, side in enumerate(one.shape):
+            pieces = parts[axis] if axis < 2 and side >= parts[axis] else 1
+            cuts.append([side * number // pieces for number in range(pieces + 1)])
         chunks = []
         cells = itertools.product(*(list(itertools.pairwise(axis)) for axis in cuts))
         for rank, cell in enumerate(cells):
             piece = saved(one[tuple(slice(*part) for part in cell)].clone())
-            path = f"__{rank % 4}_0.distcp"
+            path = f"__{rank % ranks}_0.distcp"
             origin = torch.Size([part[0] for part in cell])
             chunks.append(metadata.ChunkStorageMetadata(origin, torch.Size([part[1] - part[0] for part in cell])))
             index = metadata.MetadataIndex(name, origin, rank)

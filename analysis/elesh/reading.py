@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
 from typing import NamedTuple, Protocol
 
 from kasmina.formats import Chunks, TensorRef, gather
@@ -82,9 +81,6 @@ class Reader:
     def __init__(self, *, ahead: int = AHEAD) -> None:
         self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="read")
         self.ahead = ahead
-        self.bytes_read = 0
-        """Also what was read for a request that went to somebody else."""
-        self._lock = Lock()
         self._last: tuple[Source, int, bytes] | None = None
         self._begun: deque[tuple[Place, Future[bytes]]] = deque()
 
@@ -126,7 +122,7 @@ class Reader:
         """Chunks in order; those after the one that is asked for are begun before it is given."""
         self._keep(wanted[: self.ahead])
         for place in wanted[len(self._begun) :]:
-            self._begun.append((place, self._pool.submit(self._read, *place)))
+            self._begun.append((place, self._pool.submit(_chunk, *place)))
             if len(self._begun) > self.ahead:
                 yield self._taken()
         while self._begun:
@@ -149,12 +145,6 @@ class Reader:
             else:
                 future.cancel()
 
-    def _read(self, source: Source, number: int) -> bytes:
-        chunk = source.read(number * CHUNK, min((number + 1) * CHUNK, source.size))
-        with self._lock:
-            self.bytes_read += len(chunk)
-        return chunk
-
 
 def read_ahead(memory_bytes: int, scale: float) -> int:
     """Chunks to read ahead within a third of the memory limit, at the scale that dead attempts have left.
@@ -162,3 +152,7 @@ def read_ahead(memory_bytes: int, scale: float) -> int:
     Beside those in flight two are held: the one in use, and one that spans to the next.
     """
     return max(0, min(AHEAD, int(memory_bytes * scale / 3) // CHUNK - 2))
+
+
+def _chunk(source: Source, number: int) -> bytes:
+    return source.read(number * CHUNK, min((number + 1) * CHUNK, source.size))

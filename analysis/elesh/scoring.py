@@ -32,10 +32,6 @@ class Scoring:
         self._weights.close()
         self._fisher.close()
 
-    @property
-    def bytes_read(self) -> int:
-        return self._weights.bytes_read + self._fisher.bytes_read
-
     def read_ahead(self, chunks: int, following: Sequence[Extent] = ()) -> None:
         """A new attempt may have less memory. `following`: weights that will probably be asked for after the next."""
         self._weights.ahead = self._fisher.ahead = chunks

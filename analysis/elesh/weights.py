@@ -38,9 +38,11 @@ class Weights:
     topology: Topology
     refs: dict[str, TensorRef]
     """By parameter."""
+    chunks: int
+    """That may be held of tensors in several pieces."""
 
     @classmethod
-    def open(cls, store: ObjectStore, metadata: CheckpointMetadata) -> Self:
+    def open(cls, store: ObjectStore, metadata: CheckpointMetadata, *, chunks: int = 4) -> Self:
         """Read topology and headers. Malformed, Damaged or Changed if they are not what READY.json says."""
         prefix = layout.checkpoint(metadata.name)
         digest = metadata.object(metadata.topology).digest
@@ -49,7 +51,7 @@ class Weights:
         # What else is listed is not ours to judge: bad statistics must not pass for bad weights.
         only = {"objects": tuple(stored for stored in metadata.objects if stored.path in metadata.weights)}
         bound = bind(read_index(store, prefix, metadata.model_copy(update=only)), topology)
-        return cls(store, metadata, topology, {name: found[0] for name, found in bound.items()})
+        return cls(store, metadata, topology, {name: found[0] for name, found in bound.items()}, chunks)
 
     @cached_property
     def _sources(self) -> dict[str, tuple[Source, int]]:
@@ -58,7 +60,7 @@ class Weights:
         pins = {box.object: box.pin for ref in self.refs.values() for box in ref.boxes}
         digests = {path: self.metadata.object(path).digest for path in pins}
         objects = {path: PlainObject(self.store, prefix + path, digests[path], pin=pin) for path, pin in pins.items()}
-        chunks = Chunks(self.store, prefix, digests, pins)
+        chunks = Chunks(self.store, prefix, digests, pins, most=self.chunks)
         found: dict[str, tuple[Source, int]] = {}
         for name, ref in self.refs.items():
             whole = ref.whole

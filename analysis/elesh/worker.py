@@ -28,8 +28,8 @@ from leyline.model import Malformed
 from leyline.partial import Parts
 from leyline.ready import read_ready
 from leyline.reasons import Reason
-from leyline.store import Changed, Damaged, NotFound, ObjectStore
-from leyline.work import peak_rss
+from leyline.store import CHUNK, Changed, Damaged, NotFound, ObjectStore
+from leyline.work import Meter, peak_rss
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -48,6 +48,12 @@ class Analysis:
     following: Mapping[str, StructuralAnalysisRequest] = field(default_factory=dict)
     """By request: the one that this worker will most likely answer after it."""
     _masks: dict[str, Masks] = field(default_factory=dict)
+    _told: int = 0
+    """Bytes that the answers so far have told to be read."""
+
+    @cached_property
+    def meter(self) -> Meter:
+        return Meter(self.store)
 
     @cached_property
     def scoring(self) -> Scoring:
@@ -58,7 +64,8 @@ class Analysis:
         names = {request.checkpoint for request in self.requests.requests}
         if len(names) != 1:
             raise Malformed(f"the requests speak of {len(names)} checkpoints ({', '.join(sorted(names))}), not of one")
-        return Weights.open(self.store, read_ready(self.store, names.pop(), trust=self.trust))
+        metadata = read_ready(self.store, names.pop(), trust=self.trust)
+        return Weights.open(self.meter.store, metadata, chunks=self.requests.limits.memory_bytes // (4 * CHUNK))
 
     @cached_property
     def parts(self) -> Parts:
@@ -66,7 +73,7 @@ class Analysis:
 
     @cached_property
     def importance(self) -> Importance:
-        return Importance.open(self.store, self.weights.metadata, self.weights.topology, self.ring)
+        return Importance.open(self.meter.store, self.weights.metadata, self.weights.topology, self.ring)
 
     def inherited(self, ref: MaskRef | None) -> Masks | None:
         """Masks of the base pair, checked against their digest and the model."""
@@ -129,7 +136,7 @@ class Analysis:
         self, request: StructuralAnalysisRequest, scale: float = 1.0
     ) -> tuple[StructuralAnalysisResponse, Arrays]:
         """The answer, whatever happened; memory that is short and a store in trouble are no answers."""
-        begun, read = time.monotonic(), self.scoring.bytes_read
+        begun = time.monotonic()
         arrays: Arrays = {}
         status, reason, message = "answered", "", ""
         try:
@@ -143,6 +150,7 @@ class Analysis:
         except (ArithmeticError, LookupError, TypeError, ValueError, AssertionError) as error:
             status, reason = "failed", Reason.WORKERS_FAILED.value
             message = f"request {request.id} could not be scored: {type(error).__name__}: {error}"
+        told, self._told = self._told, self.meter.bytes_read  # with what was read ahead of this answer
         return (
             StructuralAnalysisResponse.model_validate(
                 {
@@ -152,7 +160,7 @@ class Analysis:
                     "reason": reason,
                     "message": message,
                     "seconds": round(time.monotonic() - begun, 6),
-                    "bytes_read": self.scoring.bytes_read - read,
+                    "bytes_read": self._told - told,
                     "parameters": sum(slice_.stop - slice_.start for slice_ in request.slices),
                     "peak_rss": peak_rss(),
                 }

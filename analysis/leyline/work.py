@@ -48,7 +48,7 @@ class Meter:
         self._store = store
         self._lock = Lock()
         self._begun = time.monotonic()
-        self._bytes = 0
+        self.bytes_read = 0
 
     @property
     def store(self) -> ObjectStore:
@@ -61,13 +61,13 @@ class Meter:
     def get_range(self, key: str, start: int, stop: int, *, pin: str | None = None) -> bytes:
         data = self._store.get_range(key, start, stop, pin=pin)
         with self._lock:  # two ranges are in flight
-            self._bytes += len(data)
+            self.bytes_read += len(data)
         return data
 
     def done(self, *, parameters: int) -> Work:
         """What it took so far."""
         seconds = round(time.monotonic() - self._begun, 6)
-        return Work(seconds=seconds, bytes_read=self._bytes, parameters=parameters, peak_rss=peak_rss())
+        return Work(seconds=seconds, bytes_read=self.bytes_read, parameters=parameters, peak_rss=peak_rss())
 
 
 def peak_rss() -> int:

@@ -292,7 +292,8 @@ def test_a_chunk_that_requests_share_is_read_once(large: Run) -> None:
     analysis = Analysis(large.store, Requests(requests=tuple(wanted), limits=LIMITS))
     found = [analysis.answer(one) for one in wanted]
     analysis.scoring.close()
-    assert sum(message.bytes_read for message, _ in found) == large.metadata.num_bytes
+    read = sum(message.bytes_read for message, _ in found)
+    assert 0 <= read - large.metadata.num_bytes < 300_000, "all of it once, and what is read of it for its header"
     assert sum(message.parameters for message, _ in found) == large.metadata.num_params
     sums = add_up(large.topology, [(piece, arrays) for piece, (_, arrays) in zip(pieces, found, strict=True)])
     for index, (name, shape) in enumerate({"a": (1500, 1000, 3), "c": (2500, 1000, 1), "b": (3, 1000, 1300)}.items()):
@@ -401,7 +402,7 @@ def test_a_slice_without_a_tie_loses_nothing(tmp_path: Path) -> None:
     run_ = toy_run(tmp_path)
     piece = Slice(parameter="fc.weight", start=0, stop=24)
     message, arrays = answered(run_, request(run_, 0, method="select", slices=(piece,)))
-    assert message.bytes_read == 0
+    assert message.bytes_read < 20_000, "topology and header"
     assert np.unpackbits(arrays["fc.weight@0/mask"])[:24].all()
 
 

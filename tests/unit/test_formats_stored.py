@@ -38,6 +38,7 @@ from leyline.store import CHUNK, ObjectStore
 from leyline.topology import Parameter, Topology
 from urabrask.structure import NotTheBase, check_bytes
 from urabrask.weights import load_weights
+from wrapped import Wrapped
 
 PRUNED = {"conv1": (1, 6), "attn": (2,)}
 FORMATS = list(stored.FORMATS)
@@ -308,9 +309,20 @@ def test_names_may_be_anything(store: LocalStore, tmp_path: Path, form: str) -> 
     names = [name for name in NAMES if form != "dcp" or "." not in name]  # torch itself joins and splits at dots
     weights = {name: builders.tensor(np.full((2, 3), n), "F32") for n, name in enumerate(names)}
     kind, objects = stored.stored(form, weights, tmp_path / "scratch")
-    run = builders.make_run(store, weights={}, stored=(kind, objects))
-    index = read_index(store, run.prefix, run.metadata)
-    assert set(index) == {"y" if name == "module.module.y" else name for name in names}
+    called = {name: "y" if name == "module.module.y" else name for name in names}
+    shapes = {known: Parameter(uuid=f"u{n}", shape=(2, 3)) for n, known in enumerate(called.values())}
+    topology = Topology(model_id="odd", parameters=shapes, groups=())
+    run = builders.make_run(store, topology=topology, weights=weights, stored=(kind, objects))
+    assert set(read_index(store, run.prefix, run.metadata)) == set(shapes)
+    active = np.array([True, False, True, False, True, True])
+    masks = Masks(model_id="odd", parameters=shapes, weights=dict.fromkeys(shapes, active))
+    masks = Masks.from_bytes(masks.to_bytes(), name="masks")
+    check_bytes(store, run.metadata, write_back(run, masks), masks, topology)
+    like = stored.torch_tensors(weights)
+    found = stored.loaded(kind, candidate_objects(run), like, tmp_path / "loaded")
+    assert found.keys() == like.keys()
+    for name, one in like.items():
+        assert torch.equal(found[name], one * torch.from_numpy(active.reshape(2, 3))), name
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch-zip", "dcp-grid"])
@@ -361,6 +373,39 @@ def test_elements_that_two_chunks_share_are_zeroed_and_checked(store: LocalStore
     reader = Reader()
     assert b"".join(bytes(view) for view in reader.stream([s.extent for s in segments])) == weights["big"].raw
     reader.close()
+
+
+def test_the_pieces_of_many_ranks_are_read_once(tmp_path: Path) -> None:
+    """Sixteen ranks, each with a row of every matrix: neighbouring matrices lie in the same sixteen chunks."""
+    shapes = {f"m{number}": Parameter(uuid=f"m{number}", shape=(16, 40_000)) for number in range(6)}
+    topology = Topology(model_id="big", parameters=shapes, groups=())
+    weights = {name: builders.tensor(np.ones((16, 40_000)), "F32") for name in shapes}
+    store = Reads(LocalStore(tmp_path / "run"))
+    run = builders.make_run(store, topology=topology, weights=weights, stored=stored.distributed_grid(weights, 16, 1))
+    opened = Weights.open(store, run.metadata, chunks=16)
+    store.ranges.clear()
+    reader = Reader()
+    for name, parameter in shapes.items():
+        extents = [s.extent for s in opened.segments(Slice(parameter=name, start=0, stop=parameter.size))]
+        assert b"".join(bytes(view) for view in reader.stream(extents)) == weights[name].raw
+    reader.close()
+    assert len(store.ranges) == len(set(store.ranges)) == 16
+    evaluated = load_weights(store, run.metadata, topology, names=None)
+    assert all(stored.raw(evaluated[name]) == weights[name].raw for name in shapes)
+    data = [one for one in store.ranges[16:] if one[2] - one[1] > 500_000]
+    assert len(data) == 16
+
+
+class Reads(Wrapped):
+    """Remembers the ranges."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        super().__init__(inner)
+        self.ranges: list[tuple[str, int, int]] = []
+
+    def get_range(self, key: str, start: int, stop: int, *, pin: str | None = None) -> bytes:
+        self.ranges.append((key, start, stop))
+        return super().get_range(key, start, stop, pin=pin)
 
 
 def test_a_checksum_before_its_data_is_that_of_all_of_it(store: LocalStore) -> None:

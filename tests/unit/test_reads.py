@@ -14,6 +14,7 @@ from builders import MODEL_ID, Run
 from counted import Counted
 from emrakul.core.snapshot import Phase
 from emrakul.settings import Settings
+from emrakul.work import work
 from leyline import layout
 from leyline.claims import Task, order
 from leyline.ids import parameter_uuid
@@ -87,8 +88,10 @@ def read(store: Counted, text: str, workers: int) -> tuple[Phases, str]:
 
 def test_a_structured_cycle_reads_its_base_once_a_phase(case: tuple[Counted, Run]) -> None:
     store, run = case
-    phases, _ = read(store, BY_MAGNITUDE, 1)
+    phases, name = read(store, BY_MAGNITUDE, 1)
     assert phases.base["analyse 0"] == once(run)
+    told = work(store, name, None)[Phase.ANALYSE].bytes_read
+    assert 0 <= told - sum(run.metadata.object(path).digest.size for path in run.metadata.weights) < 600_000
     assert phases.base["apply"] == once(run)
     copies = {key.rpartition("/")[2]: n for (key, _), n in phases.candidate["validate"].items()}
     assert copies

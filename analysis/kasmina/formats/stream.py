@@ -55,8 +55,15 @@ def in_order(work: Callable[[int], T], numbers: Iterable[int], *, ahead: int) ->
                 future.cancel()
 
 
+_KEPT = 4
+"""Chunks that are held at least."""
+
+
 class Chunks:
-    """Checked ranges of a checkpoint's objects. The last `keep` chunks are held, so that neighbours share a read."""
+    """Checked ranges of a checkpoint's objects. Of each object a chunk is held, so that neighbours share a read.
+
+    `most`: chunks that may be held; what lies in pieces in more objects than that is read again and again.
+    """
 
     def __init__(
         self,
@@ -65,9 +72,10 @@ class Chunks:
         digests: Mapping[str, ObjectDigest],
         pins: Mapping[str, str],
         *,
-        keep: int = 4,
+        most: int = 32,
     ) -> None:
-        self._store, self._prefix, self._digests, self._pins, self._keep = store, prefix, digests, pins, keep
+        self._store, self._prefix, self._digests, self._pins = store, prefix, digests, pins
+        self._keep = max(_KEPT, min(len(digests), most))
         self._held: dict[tuple[str, int], Future[bytes]] = {}
         self._lock = Lock()
 
