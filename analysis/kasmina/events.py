@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -49,7 +50,8 @@ class TrainerEvents:
         self._uri, self._model_id, self._topology, self._tracker = run, model_id, topology, tracker
         self._publish = publish
         self._watching: RemovableHandle | None = None
-        self._scale = 1.0
+        self._accumulated = 1
+        self._scaler: GradScaler | None = None
         self._in_step = False
         self._restart = False
         self._published = -1
@@ -59,11 +61,19 @@ class TrainerEvents:
         """Another trainer took the run: this one is to stop."""
 
     def begin(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], *, step: int, processes: int, accumulated: int
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        step: int,
+        processes: int,
+        accumulated: int,
+        scaler: GradScaler | None,
     ) -> None:
         """Training begins at `step`: open the run and load its tip, masks and all, into model and optimizers.
 
-        `accumulated`: mini-batches whose gradients make one step. ValueError where the tip is of another step.
+        `accumulated`: mini-batches whose gradients make one step. `scaler`: what multiplies the loss, in float16.
+        ValueError where the tip is of another step.
         """
         if processes > 1:
             raise ValueError(
@@ -81,7 +91,8 @@ class TrainerEvents:
             topology=self._topology,
             tracker=self._tracker,
         )
-        self._scale, self._published, self._restart, self.fenced = 1 / accumulated, -1, False, False
+        self._accumulated, self._scaler = accumulated, scaler
+        self._published, self._restart, self.fenced = -1, False, False
         if self._tracker is not None:
             hook = self._tracker.model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
             self._watching = hook
@@ -147,6 +158,9 @@ class TrainerEvents:
         if batch is not None and batch.ndim and len(batch):
             self._tracker.begin(len(batch), scale=self._scale)
             self._in_step = True
+
+    def _scale(self) -> float:
+        return (self._scaler.get_scale() if self._scaler else 1.0) / self._accumulated
 
 
 def _check_names(model: nn.Module, topology: Topology | None) -> None:

@@ -45,6 +45,7 @@ class KasminaCallback(TrainerCallback):
             step=state.global_step,
             processes=args.world_size,
             accumulated=args.gradient_accumulation_steps,
+            scaler=getattr(optimizer, "scaler", None),
         )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

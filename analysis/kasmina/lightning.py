@@ -54,6 +54,7 @@ class KasminaCallback(Callback):
             step=trainer.global_step,
             processes=trainer.world_size,
             accumulated=trainer.accumulate_grad_batches,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -117,15 +117,15 @@ class ImportanceTracker:
             raise
         self.end()
 
-    def begin(self, batch_size: int, *, scale: float = 1.0) -> None:
+    def begin(self, batch_size: int, *, scale: float | Callable[[], float] = 1.0) -> None:
         """Before the forward of a mini-batch of `batch_size` samples, whose loss is a mean over them.
 
         `scale`: what that mean is multiplied by before backward: GradScaler's scale, 1 / k with k accumulation steps,
-        `batch_size` for a summed loss.
+        `batch_size` for a summed loss. A function is asked on sampled steps only: GradScaler's waits for the device.
         """
         if self._batch is not None:
             raise RuntimeError("begin() was called inside a step; call end() after each backward")
-        if batch_size < 1 or not scale > 0:
+        if batch_size < 1 or not (callable(scale) or scale > 0):
             raise ValueError(f"batch_size {batch_size} must be at least 1, and scale {scale} above 0")
         self._step += 1
         self._until_sample -= 1
@@ -135,7 +135,14 @@ class ImportanceTracker:
             self._until_sample = self._stride()
             taken = min(batch_size, self._samples_per_step)
             looked = min(taken, _LOOKED)
-            batch = Batch(batch_size, taken, self._sums["tracked"].units, self._device, looked, scale)
+            batch = Batch(
+                batch_size,
+                taken,
+                self._sums["tracked"].units,
+                self._device,
+                looked,
+                scale() if callable(scale) else scale,
+            )
             self._hook(batch, gradients=True, weights="tracked" in self._weights)
 
     def backward(self, loss: Tensor, *, domain: str, **options: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -252,6 +253,41 @@ def test_every_sample_is_seen_by_the_tracker(kind: type[Practice], folder: Path,
     assert stats.samples == 64
 
 
+class Scaler:
+    """What multiplies the loss in float16; here it is the test that multiplies it."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale, self.asked = scale, 0
+
+    def get_scale(self) -> float:
+        self.asked += 1
+        return self.scale
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_a_loss_that_is_scaled_for_float16_gives_the_same_statistics(store: LocalStore, accumulated: int) -> None:
+    found = []
+    for number, scaler in enumerate((None, Scaler(1024.0))):
+        torch.manual_seed(0)
+        model = Net().eval()
+        tracker = ImportanceTracker(model, topology_of(model), sample_every=2)
+        events = TrainerEvents(LocalStore(store.uri + str(number)), model_id="mine", tracker=tracker)
+        options = {"step": 0, "processes": 1, "accumulated": accumulated}
+        events.begin(model, (torch.optim.SGD(model.parameters()),), scaler=scaler, **options)  # type: ignore[arg-type]
+        model.train()
+        for x, y in zip(X.split(8), Y.split(8), strict=True):
+            loss = nn.functional.cross_entropy(model(x), y) / accumulated
+            (loss * (scaler.scale if scaler else 1)).backward()
+            events.backward_done()
+        found.append(tracker.stats(checkpoint="", run_id="r")[1])
+        events.end()
+        assert scaler is None or scaler.asked == 2, "only where a step is sampled"
+    plain, scaled = found
+    assert plain.keys() == scaled.keys()
+    for key, value in plain.items():
+        np.testing.assert_allclose(scaled[key], value, rtol=1e-4, err_msg=key)
+
+
 def test_masks_are_taken_at_a_save_and_hold(kind: type[Practice], folder: Path, store: LocalStore) -> None:
     practice = kind(folder, store.uri)
     topology = topology_of(practice.model)
@@ -402,7 +438,7 @@ def test_several_processes_are_refused(store: LocalStore) -> None:
     model = Net()
     events = TrainerEvents(store, model_id="mine", topology=topology_of(model))
     with pytest.raises(ValueError, match=r"has 2 processes.*use TrainingRun itself, with rank="):
-        events.begin(model, (), step=0, processes=2, accumulated=1)
+        events.begin(model, (), step=0, processes=2, accumulated=1, scaler=None)
     with pytest.raises(ValueError, match="a topology or a tracker"):
         TrainerEvents(store, model_id="mine")
 
