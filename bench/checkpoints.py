@@ -34,12 +34,16 @@ def child(script: str, *arguments: str, environment: Mapping[str, str] | None = 
 
 @cache
 def published(size: Size, folder: Path) -> dict[str, Any]:
-    """What the trainer said of each run: `wide-<layers>`, and `narrow-<groups>` without an evaluation."""
-    wide = {f"wide-{layers}": (layers, size.width) for layers in {size.layers, *size.parameters}}
+    """What the trainer said of each run: `wide-<layers>-<width>`, and `narrow-<groups>` without an evaluation."""
+    wide = {wide_run(*shape): shape for shape in {(size.layers, size.width), *size.models}}
     narrow = {f"narrow-{groups}": (groups + 1, NARROW) for groups in size.groups}
     wanted = {**narrow, **dict(sorted(wide.items(), key=lambda item: item[1]))}
     arguments = [f"{folder / name}:{layers}:{width}" for name, (layers, width) in wanted.items()]
     return dict(zip(wanted, child("publish.py", *arguments), strict=True))
+
+
+def wide_run(layers: int, width: int) -> str:
+    return f"wide-{layers}-{width}"
 
 
 def copied(source: ObjectStore, target: ObjectStore) -> None:

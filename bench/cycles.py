@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from checkpoints import child, copied, published
+from checkpoints import child, copied, published, wide_run
 from lines import Line, Sample, one
 from machine import cores
 from raw import RawS3
@@ -28,8 +28,8 @@ MB = 1e6
 
 
 def lines(size: Size, folder: Path) -> Iterator[Line]:
-    told = published(size, folder)[f"wide-{size.layers}"]
-    source = folder / f"wide-{size.layers}"
+    source = folder / wide_run(size.layers, size.width)
+    told = published(size, folder)[source.name]
     with served(folder / "cycles") as server:
         run = f"s3://{server.bucket}/large"
         copied(LocalStore(source), open_store(run))
@@ -138,11 +138,13 @@ def phases(
         "storage phases, hashing counted", storage, f"the same bytes, then their SHA-256: {plainly}",
         summed(raw_all, hashing),
     )  # fmt: skip
-    yield Line(
-        group=group, what=named + "cores at work in analysis and apply", unit="%",
-        figure=Sample(tuple(statistics.mean(c["busy"][phase] for phase in PHASES[:2]) for c in cycles)),
-        reference=plainly, against=Sample(tuple(statistics.mean(raw["busy"] for raw in c["raw"]) for c in cycles)),
-    )  # fmt: skip
+    at_work = Sample(tuple(statistics.mean(cycle["busy"][phase] for phase in PHASES[:2]) for cycle in cycles))
+    plain_work = Sample(tuple(statistics.mean(raw["busy"] for raw in cycle["raw"]) for cycle in cycles))
+    if min(plain_work.values) > 0:  # the system counts in hundredths of a second, and the small bench is faster
+        yield Line(
+            group=group, what=named + "cores at work in analysis and apply", unit="%", figure=at_work,
+            reference=plainly, against=plain_work,
+        )  # fmt: skip
     whole = Sample(tuple(sum(cycle["seconds"].values()) for cycle in cycles))
     without = summed(whole, gate.times(-1), proof.times(-1))
     yield line(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from checkpoints import child, published
+from checkpoints import child, published, wide_run
 from cycles import human
 from drive import SETTINGS
 from lines import Line, Sample, one, seconds
@@ -40,8 +40,8 @@ def models(size: Size, folder: Path) -> Iterator[Line]:
     """A cycle on the local store, all in all without the gate and the proof: they grow with the samples too."""
     published(size, folder)
     first: Sample | None = None
-    for layers in size.parameters:
-        run = folder / f"wide-{layers}"
+    for shape in size.models:
+        run = folder / wide_run(*shape)
         options = ["--workers", str(cores()), "--data", str(run), "--raw-bytes", str(size.raw_bytes)]
         cycle = child("drive.py", str(run), *options, "--number", "9")  # the largest had others before
         whole = sum(cycle["seconds"].values()) - sum(cycle["validation"][part] for part in APART)

@@ -80,15 +80,16 @@ def basic(weights: NDArray[np.float32], repeats: int) -> Iterator[Line]:
 
     layer = nn.Linear(len(weights), len(weights), bias=False)
 
-    def theirs() -> None:
-        prune.global_unstructured([(layer, "weight")], pruning_method=prune.L1Unstructured, amount=wanted)
-        prune.remove(layer, "weight")
+    def whole() -> None:
+        if prune.is_pruned(layer):
+            prune.remove(layer, "weight")
         with torch.no_grad():
             layer.weight.copy_(torch.from_numpy(weights))
 
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weights))
-    torchs, mine = alternating(repeats, theirs, ours)
+    def theirs() -> None:
+        prune.global_unstructured([(layer, "weight")], pruning_method=prune.L1Unstructured, amount=wanted)
+
+    torchs, mine = alternating(repeats, theirs, ours, before=whole)
     yield _line("basic, three rounds", mine, "torch.nn.utils.prune.global_unstructured", torchs, flat.size)
     norms, first = alternating(
         repeats,

@@ -32,8 +32,8 @@ class Size:
     """Of the training, at most."""
     cycles_live: int
     """Live cycles of one process."""
-    parameters: tuple[int, ...]
-    """Layers of the models that growth goes over, of `width` each; at least two, so that there is a group."""
+    models: tuple[tuple[int, int], ...]
+    """(layers, width) of the models that growth goes over; at least two layers, so that there is a group."""
     groups: tuple[int, ...]
     records: tuple[int, ...]
 
@@ -58,7 +58,7 @@ SIZES = {
         pairs=2,
         threads=1,
         cycles_live=10,
-        parameters=(2,),
+        models=((2, 256),),
         groups=(1, 3),
         records=(10, 30),
     ),
@@ -76,7 +76,7 @@ SIZES = {
         pairs=10,
         threads=64,
         cycles_live=1000,
-        parameters=(2, 10),
+        models=((10, 256), (10, 1024)),
         groups=(1, 10, 100, 1000),
         records=(10, 100, 1000, 10_000),
     ),
@@ -94,7 +94,7 @@ SIZES = {
         pairs=40,
         threads=64,
         cycles_live=1000,
-        parameters=(2, 6, 60),
+        models=((10, 1024), (24, 2048), (60, 4096)),
         groups=(1, 10, 100, 1000, 10_000),
         records=(10, 100, 1000, 10_000, 100_000),
     ),
