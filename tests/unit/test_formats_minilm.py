@@ -28,7 +28,16 @@ from leyline.masks import Masks
 from leyline.messages import Requests, Slice, StructuralAnalysisRequest, Tie
 from leyline.topology import Parameter, Topology
 
-FORMS = ["safetensors", "torch-zip", "lightning", "repacked", "torch-zip-sharded", "dcp", "dcp-grid"]
+FORMS = [
+    "safetensors",
+    "safetensors-sharded",
+    "torch-zip",
+    "lightning",
+    "repacked",
+    "torch-zip-sharded",
+    "dcp",
+    "dcp-grid",
+]
 BELOW = int(np.float32(0.01).view(np.uint32))
 CYCLE = "c1-0123456789"
 
@@ -94,9 +103,9 @@ def test_every_format_gives_the_same_masks(minilm: dict[str, torch.Tensor], tmp_
                 store, source=run.prefix, target=layout.candidate(CYCLE, 1), stored=run.metadata.object(path),
                 zeroes=zeroes, ahead=1,
             )  # fmt: skip
-        if form in ("safetensors", "torch-zip", "torch-zip-sharded"):
+        if form in ("safetensors", "safetensors-sharded", "torch-zip", "torch-zip-sharded"):
             copy(model_folder() / "config.json", folder / "config.json")
-            found = BertModel.from_pretrained(folder, use_safetensors=form == "safetensors").state_dict()
+            found = BertModel.from_pretrained(folder, use_safetensors=form.startswith("safetensors")).state_dict()
         else:
             written = {path: (folder / path).read_bytes() for path in run.metadata.weights}
             found = stored.loaded(kind, written, minilm, tmp_path / f"loaded-{form}")
