@@ -30,16 +30,16 @@ class Sized:
 def sized(lines: list[Line], cores: int) -> list[Sized]:
     """Each phase at the rate that it had, as far as it would use more cores, and no faster than the network."""
 
-    def seconds(what: str) -> float:
+    def figure(what: str) -> float:
         found = [line for line in lines if "SeaweedFS" in line.group and line.what == f"{cores} workers, {what}"]
         return found[0].figure.median
 
     def size() -> float:
-        found = [line for line in lines if "SeaweedFS" in line.group and line.what.endswith("analysis, bytes read")]
-        return found[0].against.median * 1e6
+        """Bytes of the model that was measured, in float32."""
+        return 4e6 * figure("analysis, I/O included") * figure("analysis")
 
     def rate(what: str, passes: float, times: float) -> tuple[float, str]:
-        one = passes * size() / seconds(what)
+        one = passes * size() / figure(what)
         return min(one * times, NETWORK), f"{one / 1e6:,.0f} MB/s measured x {times:g}, at most {NETWORK / 1e9:g} GB/s"
 
     rows = []
