@@ -32,7 +32,7 @@ def command(run: Opened, out: Output) -> None:
     tail = run.log.tail()
     state = tail.state
     written = run.store.head(layout.record(state.n)).modified
-    done = _work(run, state)
+    newest, done = _work(run, state)
     document = {
         "uri": run.store.uri,
         "run": state.run_id,
@@ -58,6 +58,7 @@ def command(run: Opened, out: Output) -> None:
         "hold": state.hold,
         "breaker": state.breaker.model_dump(mode="json"),
         "live": state.live.model_dump(mode="json") if state.live else None,
+        "newest_cycle": newest,
         "work": {phase.value: one.model_dump(mode="json") for phase, one in done.items()},
         "outcomes": state.counters,
         "report": _report(run, state),
@@ -118,17 +119,17 @@ def _rollback(run: Opened, state: RunState) -> dict[str, Any] | None:
     }
 
 
-def _work(run: Opened, state: RunState) -> dict[Phase, Work]:
-    """Of the live cycle, or of the newest that ended, if that is not long ago."""
+def _work(run: Opened, state: RunState) -> tuple[str | None, dict[Phase, Work]]:
+    """The live cycle, or the newest that ended, if that is not long ago; and what its workers did."""
     from emrakul.work import work
 
     if state.live is not None:
-        return work(run.store, state.live.id, state.live.base)
+        return state.live.id, work(run.store, state.live.id, state.live.base)
     for n in range(state.n, max(state.n - _LOOK_BACK, 0), -1):
         record, _ = run.log.read(n)
         if isinstance(record.body, End):
-            return work(run.store, record.id, record.body.base)
-    return {}
+            return record.id, work(run.store, record.id, record.body.base)
+    return None, {}
 
 
 def _trust(run: Opened) -> dict[str, Any]:
@@ -156,7 +157,8 @@ def _rows(doc: dict[str, Any], done: dict[Phase, Work], *, written: datetime, no
     rows.append(("breaker", f"{breaker['state']}, {breaker['failures']} failures in a row"))
     live = doc["live"]
     rows.append(("live cycle", f"{live['id']} on record {live['base']} ({live['runtime']})" if live else "none"))
-    rows += worked(done)
+    if done:
+        rows += [("newest cycle", doc["newest_cycle"]), *worked(done)]
     ended = "\n".join(f"{count} x {name}" for name, count in sorted(doc["outcomes"].items()))
     rows.append(("ended cycles", ended or "none"))
     if report := doc["report"]:
