@@ -29,7 +29,7 @@ SECRETS = "api/v1/{}secrets"
 
 
 class Refused(Exception):
-    """An answer of 4xx or 5xx."""
+    """An answer of 4xx or 5xx, but not "come again later", which is a ConnectionError."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(f"{code} {message}")
@@ -65,6 +65,8 @@ class Api:
         except OSError:
             connection.close()
             raise
+        if answer.status in (429, 503):  # "storage is (re)initializing": it has just been restarted
+            raise ConnectionError(f"{answer.status} {text[:200]!r}")
         if answer.status >= 400:
             raise Refused(answer.status, json.loads(text or b"{}").get("message", ""))
         return json.loads(text)
