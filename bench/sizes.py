@@ -26,7 +26,7 @@ class Size:
     raw_bytes: int
     """What the reference reads and writes between two phases."""
     steps: int
-    """Training steps in each half of a pair."""
+    """Training steps in which the tracker finds how often it may sample."""
     pairs: int
     threads: int
     """Of the training, at most."""
@@ -72,7 +72,7 @@ SIZES = {
         cycles=2,
         formula=True,
         raw_bytes=32 * MI,
-        steps=60,
+        steps=120,
         pairs=10,
         threads=64,
         cycles_live=1000,
@@ -90,7 +90,7 @@ SIZES = {
         cycles=2,
         formula=True,
         raw_bytes=512 * MI,
-        steps=60,
+        steps=120,
         pairs=40,
         threads=64,
         cycles_live=1000,

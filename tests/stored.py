@@ -56,13 +56,18 @@ def as_views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif number % 3 == 0:
             found[name] = one.transpose(0, -1).contiguous().transpose(0, -1)
         elif number % 3 == 1:
-            wide = torch.zeros(*one.shape[:-1], one.shape[-1] + 3, dtype=one.dtype)
-            wide[..., 2:-1] = one
-            found[name] = wide[..., 2:-1]
+            found[name] = within_wider(one)
         else:
             stacked = torch.cat([torch.zeros_like(one), one])
             found[name] = stacked[one.shape[0] :]
     return found
+
+
+def within_wider(one: Tensor) -> Tensor:
+    """The same values as columns of something wider."""
+    wide = torch.zeros(*one.shape[:-1], one.shape[-1] + 3, dtype=one.dtype)
+    wide[..., 2:-1] = one
+    return wide[..., 2:-1]
 
 
 def safetensors_(weights: Mapping[str, builders.Tensor]) -> Stored:
@@ -78,15 +83,18 @@ def torch_zip(weights: Mapping[str, builders.Tensor]) -> Stored:
 
 
 def lightning(weights: Mapping[str, builders.Tensor]) -> Stored:
+    return "torch-zip", {"last.ckpt": saved(in_lightnings_words(as_views(torch_tensors(weights))))}
+
+
+def in_lightnings_words(state: Mapping[str, Tensor]) -> dict[str, object]:
     slots = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(4)}}
-    whole = {
+    return {
         "epoch": 3,
         "pytorch-lightning_version": "2.6.0",
-        "state_dict": as_views(torch_tensors(weights)),
+        "state_dict": dict(state),
         "optimizer_states": [{"state": slots, "param_groups": [{"lr": 0.1, "params": [0]}]}],
         "lr_schedulers": [],
     }
-    return "torch-zip", {"last.ckpt": saved(whole)}
 
 
 def repacked(weights: Mapping[str, builders.Tensor]) -> Stored:

@@ -263,6 +263,11 @@ class ImportanceTracker:
         """What the tracker took of the training's time so far, as measured; None before it could be compared."""
         return self._cost.cost()
 
+    @property
+    def stride(self) -> int:
+        """Every how many steps one is sampled, as things stand."""
+        return self._stride()
+
     def check_isolation(self) -> None:
         """Raise IsolationLeak or IsolationUnchecked; publish calls it before it writes anything."""
         if self._isolation is not None:

