@@ -146,12 +146,12 @@ class Reader:
                 future.cancel()
 
 
-def read_ahead(memory_bytes: int, scale: float) -> int:
+def read_ahead(memory_bytes: int, scale: float, held: int = 0) -> int:
     """Chunks to read ahead within a third of the memory limit, at the scale that dead attempts have left.
 
-    Beside those in flight two are held: the one in use, and one that spans to the next.
+    Beside those in flight two are held: the one in use, and one that spans to the next; and `held` besides.
     """
-    return max(0, min(AHEAD, int(memory_bytes * scale / 3) // CHUNK - 2))
+    return max(0, min(AHEAD, int(memory_bytes * scale / 3) // CHUNK - 2 - held))
 
 
 def _chunk(source: Source, number: int) -> bytes:

@@ -11,7 +11,7 @@ from elesh.reading import Extent, GatheredTensor, PlainObject, Source
 from elesh.squares import segments
 from kasmina.formats import Chunks, TensorRef, bind, elements, read_index
 from leyline import layout
-from leyline.digest import verified_range
+from leyline.digest import ObjectDigest, verified_range
 from leyline.messages import CheckpointMetadata, Slice
 from leyline.partial import rows
 from leyline.store import ObjectStore
@@ -53,18 +53,37 @@ class Weights:
         bound = bind(read_index(store, prefix, metadata.model_copy(update=only)), topology)
         return cls(store, metadata, topology, {name: found[0] for name, found in bound.items()}, chunks)
 
+    @property
+    def held(self) -> int:
+        """Chunks that are held of tensors in several pieces."""
+        return 0 if all(ref.whole for ref in self.refs.values()) else self._pieces.keep
+
+    @cached_property
+    def _pins(self) -> dict[str, str]:
+        """Of the objects that hold weights."""
+        return {box.object: box.pin for ref in self.refs.values() for box in ref.boxes}
+
+    @cached_property
+    def _digests(self) -> dict[str, ObjectDigest]:
+        return {path: self.metadata.object(path).digest for path in self._pins}
+
+    @cached_property
+    def _pieces(self) -> Chunks:
+        prefix = layout.checkpoint(self.metadata.name)
+        return Chunks(self.store, prefix, self._digests, self._pins, most=self.chunks)
+
     @cached_property
     def _sources(self) -> dict[str, tuple[Source, int]]:
         """What each parameter is read from, and the byte there at which it begins."""
         prefix = layout.checkpoint(self.metadata.name)
-        pins = {box.object: box.pin for ref in self.refs.values() for box in ref.boxes}
-        digests = {path: self.metadata.object(path).digest for path in pins}
-        objects = {path: PlainObject(self.store, prefix + path, digests[path], pin=pin) for path, pin in pins.items()}
-        chunks = Chunks(self.store, prefix, digests, pins, most=self.chunks)
+        objects = {
+            path: PlainObject(self.store, prefix + path, self._digests[path], pin=pin)
+            for path, pin in self._pins.items()
+        }
         found: dict[str, tuple[Source, int]] = {}
         for name, ref in self.refs.items():
             whole = ref.whole
-            found[name] = (objects[whole.object], whole.offset) if whole else (GatheredTensor(ref, chunks), 0)
+            found[name] = (objects[whole.object], whole.offset) if whole else (GatheredTensor(ref, self._pieces), 0)
         return found
 
     def as_they_lie(self, slices: Iterable[Slice]) -> list[Slice]:

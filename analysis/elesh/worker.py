@@ -100,8 +100,9 @@ class Analysis:
 
     def compute(self, request: StructuralAnalysisRequest, scale: float) -> Arrays:
         """The arrays of one answer; `scale` of the buffers that the memory limit allows may be used."""
-        self.scoring.read_ahead(read_ahead(self.requests.limits.memory_bytes, scale), self._expected(request))
         weights, inherited = self.weights, self.inherited(request.inherited)
+        ahead = read_ahead(self.requests.limits.memory_bytes, scale, weights.held)
+        self.scoring.read_ahead(ahead, self._expected(request))
         if request.method != "structured":
             fisher = self._fisher() if basic.uses_fisher(request.importance) else None
             return basic.answer(request, weights, self.scoring, fisher, inherited)

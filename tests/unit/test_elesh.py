@@ -283,6 +283,7 @@ def test_threads_and_buffers_leave_no_trace(large: Run) -> None:
 def test_dead_attempts_and_small_limits_read_less_ahead() -> None:
     assert [read_ahead(2_000_000_000, scale) for scale in (1.0, 0.5, 0.25)] == [2, 2, 2]
     assert [read_ahead(256_000_000, scale) for scale in (1.0, 0.5, 0.25)] == [2, 0, 0]
+    assert [read_ahead(256_000_000, 1.0, held) for held in (0, 1, 2, 3, 4)] == [2, 2, 1, 0, 0]
     assert read_ahead(1, 1.0) == 0
 
 

@@ -75,7 +75,8 @@ class Chunks:
         most: int = 32,
     ) -> None:
         self._store, self._prefix, self._digests, self._pins = store, prefix, digests, pins
-        self._keep = max(_KEPT, min(len(digests), most))
+        self.keep = max(_KEPT, min(len(digests), most))
+        """Chunks that are held."""
         self._held: dict[tuple[str, int], Future[bytes]] = {}
         self._lock = Lock()
 
@@ -92,7 +93,7 @@ class Chunks:
             found = self._held.pop((path, number), None)
             future = found or Future()
             self._held[path, number] = future
-            while len(self._held) > self._keep:
+            while len(self._held) > self.keep:
                 del self._held[next(iter(self._held))]
         if found is None:
             digest = self._digests[path]
