@@ -44,8 +44,8 @@ from leyline.store import CHUNK, Damaged, Exists, NotFound, ObjectStore, Refused
 from leyline.topology import Topology
 from leyline.work import Meter
 
-_RESIDENT = 8
-"""Chunks' worth of memory that a worker needs beside what it reads ahead: interpreter, masks, what a store holds."""
+_RESIDENT = 9
+"""Chunks' worth of memory that a worker needs besides: interpreter and libraries, and what a store has in flight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +192,14 @@ def _copy(
     store: ObjectStore, plan: Plan, tasks: Mapping[Task, StoredObject], task: Task, _: int, scale: float
 ) -> bytes:
     stored, meter = tasks[task], Meter(store)
-    spare = plan.update.limits.memory_bytes // CHUNK - _RESIDENT
+    spare = (plan.update.limits.memory_bytes - plan.masks.nbytes) // CHUNK - _RESIDENT
     copied = copy_masked(
         meter.store,
         source=layout.checkpoint(plan.metadata.name),
         target=layout.candidate(plan.update.cycle, plan.update.base),
         stored=stored,
         zeroes=plan.zeroes,
-        ahead=int(scale * max(0, min(2, spare))),
+        ahead=int(scale * max(0, min(2, spare // 2 - 1))),  # each twice: as it was read, and masked
     )
     work = meter.done(parameters=plan.weights.get(stored.path, 0))
     return Copied(object=copied, **work.model_dump()).canonical()

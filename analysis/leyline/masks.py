@@ -177,6 +177,11 @@ class Masks:
     def _single(self) -> Packed:
         return Packed.of(self.weights)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the bits of single weights take."""
+        return sum(bits.nbytes for bits in self._single.packed.values())
+
     def pruned(self, group: str) -> Bits | None:
         """Pruned units of a group, or None where it has none."""
         return ~self.units[group] if group in self.units else None
