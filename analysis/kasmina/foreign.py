@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 
 from kasmina.formats import FLOATS, Box, Recognised, TensorRef, read_recognised, recognise
@@ -45,7 +46,7 @@ from leyline.topology import Parameter, Topology
 OPEN = "open-import"
 """The id of the open that imports publish under. A run that has another one belongs to a trainer."""
 
-_STEP = re.compile(r"(\d{1,12})$")
+_STEP = re.compile(r"(?:^|[-_/]|step=?)(\d{1,12})$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class Found:
     place: ObjectStore
     """The folder that it lies in."""
     checkpoint: Recognised
+    step: int
+    """That its name ends with; 0 if it does with none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +82,15 @@ def adopt(
     step: int | None = None,
     epoch: int = 0,
     model_id: str | None = None,
+    exclude: Sequence[str] = (),
     keys: Sequence[SigningKey] = (),
     trust: Trust | None = None,
 ) -> Imported:
     """Publish the checkpoint at `uri`, a folder or its one file, in `run`, which is made if there is none.
 
-    `step`: by default the number that the folder's name ends with, else 0. `model_id`: the run's, or for a new run its
-    last part. The same checkpoint again is the same record.
+    `step`: by default the number that the name of file or folder ends with, else 0. `model_id`: the run's, or for a new
+    run its last part. `exclude`: names of tensors that no cycle may touch, with * and ? as in a shell. The same
+    checkpoint again is the same record.
 
     Malformed, NotAllowed, Untrusted or StoreError say in a sentence what is in the way; nothing is written then.
     """
@@ -97,16 +102,15 @@ def adopt(
     if state is not None and state.model_id != model:
         raise NotAllowed(f"{run.uri} is a run of model {state.model_id}, not {model}; import into a run of its own")
     digests = {path: _digest(found.place, path) for path in found.checkpoint.objects}
-    if step is None:
-        step = int(match[1]) if (match := _STEP.search(found.place.uri)) else 0
     metadata, topology = _described(
         found,
         digests,
         run_id=state.run_id if state else last,
         model_id=model,
-        step=step,
+        step=found.step if step is None else step,
         epoch=epoch,
         term=state.term if state and state.opened >= 0 else 1,
+        exclude=exclude,
     )
     size = sum(digest.size for digest in digests.values())
     said = partial(Imported, uri=run.uri, imported_from=found.place.uri, parameters=metadata.num_params, bytes=size)
@@ -124,7 +128,7 @@ def adopt(
     draft = Draft(
         id=metadata.name,
         checkpoint=metadata.name,
-        body=Publish(step=step, epoch=epoch, term=metadata.term, imported_from=found.place.uri),
+        body=Publish(step=metadata.step, epoch=epoch, term=metadata.term, imported_from=found.place.uri),
         evidence={layout.checkpoint(metadata.name, layout.READY): sha256_hex(ready)},
     )
     entry = log.append(draft, base=state.n if state else 0)
@@ -138,11 +142,18 @@ def find(run: ObjectStore, uri: str) -> Found:
         name = uri.rpartition("/")[2]
         folder = uri.removesuffix(name) or "."
     place = run.lender(folder)
+    if f"{run.uri}/".startswith(f"{place.uri}/"):
+        raise StoreError(
+            f"the run {run.uri} would lie in the checkpoint's own folder {place.uri}; give it another place"
+        )
     if (owner := run_around(place)) is not None:
         raise StoreError(
             f"{uri} lies in the run {owner}, whose gc deletes what that run needs no longer; copy it out of there"
         )
-    return Found(place=place, checkpoint=recognise_object(place, name) if name else recognise(place, ""))
+    checkpoint = recognise_object(place, name) if name else recognise(place, "")
+    file, _, _ = checkpoint.objects[0].rpartition(".")
+    numbers = (_STEP.search(one) for one in (file, place.uri))
+    return Found(place=place, checkpoint=checkpoint, step=next((int(found[1]) for found in numbers if found), 0))
 
 
 def _digest(place: ObjectStore, path: str) -> ObjectDigest:
@@ -162,6 +173,7 @@ def _described(
     step: int,
     epoch: int,
     term: int,
+    exclude: Sequence[str],
 ) -> tuple[CheckpointMetadata, Topology]:
     """READY.json and the topology: every float tensor of two axes and more is a parameter, and no structure is known.
 
@@ -170,6 +182,8 @@ def _described(
     said = hashlib.sha256("\0".join((found.place.uri, str(epoch))).encode())
     for path in found.checkpoint.objects:
         said.update(f"\0{path}\0{digests[path].root}".encode())
+    for pattern in exclude:
+        said.update(f"\0-{pattern}".encode())
     name = checkpoint_name(step, term, said.hexdigest()[:8])
     draft = CheckpointMetadata(
         idempotency_key=name,
@@ -187,18 +201,27 @@ def _described(
         num_params=0,
         num_bytes=sum(digests[path].size for path in found.checkpoint.objects),
     )
-    topology = _topology(read_recognised(found.place, "", found.checkpoint), model_id)
+    topology = _topology(read_recognised(found.place, "", found.checkpoint), model_id, exclude)
     if not topology.parameters:
-        raise Malformed(f"{found.place.uri} holds no float tensor of two axes or more, so there is nothing to prune")
+        raise Malformed(
+            f"{found.place.uri} holds no float tensor of two axes or more that is none of an optimizer's, shares no "
+            "bytes with another and was not excluded, so there is nothing to prune; of views save clones"
+        )
     stored = StoredObject(path=layout.TOPOLOGY, digest=digest_bytes(topology.canonical()))
     size = sum(parameter.size for parameter in topology.parameters.values())
     return draft.model_copy(update={"objects": (*draft.objects, stored), "num_params": size}), topology
 
 
-def _topology(index: Mapping[str, TensorRef], model_id: str) -> Topology:
+def _topology(index: Mapping[str, TensorRef], model_id: str, exclude: Sequence[str]) -> Topology:
     """Names of one stored tensor are tied, and the first of them is the parameter's."""
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in index):
+            known = ", ".join(sorted(index)[:3])
+            raise Malformed(f"no tensor is called {pattern!r}, which is to be excluded; there are {known}, ...")
     names: dict[tuple[Box, ...], list[str]] = {}
     for name, ref in sorted(index.items()):
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            continue
         if ref.dtype in FLOATS and len(ref.shape) >= 2 and ref.size and not ref.shared:
             names.setdefault(ref.boxes, []).append(name)
     parameters = {}
@@ -257,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="training step of the checkpoint")
     parser.add_argument("--epoch", type=int, default=0, help="training epoch of the checkpoint")
     parser.add_argument("--model-id", help="name of the model, of a new run")
+    parser.add_argument("--exclude", action="append", default=[], help="tensors that no cycle may touch, as in a shell")
     wanted = parser.parse_args(argv)
     try:
         done = adopt(
@@ -265,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             step=wanted.step,
             epoch=wanted.epoch,
             model_id=wanted.model_id,
+            exclude=wanted.exclude,
             keys=signing_keys_from_environment(),
             trust=trust_from_environment(),
         )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 _NAMESPACE = uuid.UUID("6f1d3f0e-52a4-5c5b-9d0a-6d2f0c8f7e11")
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+MAX_STEP = 10**12 - 1
+"""The largest that a checkpoint's name can say."""
 _CHECKPOINT = re.compile(r"^(\d{1,12})-(\d{1,9})-([0-9a-f]{8})$")
 
 

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import builders
 from histories import History
@@ -129,12 +132,19 @@ def test_torchs_own_formats(run: LocalStore, tmp_path: Path, name: str) -> None:
         }
 
 
+def flattened(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+
 LAYOUTS = {
     "beside the model": lambda model, optimizer: {"model": model, "optimizer": optimizer, "epoch": 3},
     "beside a network": lambda model, optimizer: {"net": model, "optimizer": optimizer},
     "inside of an app": lambda model, optimizer: {"app": {"model": model, "optim": optimizer}},
     "in a list": lambda model, optimizer: {"state_dict": model, "optimizer_states": [optimizer]},
     "among the weights": lambda model, optimizer: {**model, "adam": optimizer},
+    "flattened": lambda model, optimizer: {**model, "optimizer": optimizer},
+    "flattened among the weights": lambda model, optimizer: {**model, **optimizer},
+    "by names": lambda model, optimizer: {"model": model, "adam": optimizer},
 }
 
 
@@ -148,7 +158,12 @@ def test_an_optimizers_moments_are_no_weights(run: LocalStore, tmp_path: Path, f
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert optimizer.state[model.weight]["exp_avg"].shape == (3, 4)
-    saved = LAYOUTS[layout](model.state_dict(), optimizer.state_dict())
+    moments: dict[str, Any] = optimizer.state_dict()
+    if layout.startswith("flattened"):
+        moments = flattened(model, optimizer)
+    elif layout == "by names":
+        moments = get_optimizer_state_dict(model, optimizer)
+    saved = LAYOUTS[layout](model.state_dict(), moments)
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     if form == "dcp":
@@ -164,6 +179,86 @@ def test_an_optimizers_moments_are_no_weights(run: LocalStore, tmp_path: Path, f
     (name,) = topology.parameters
     assert name.split(".")[-1] == "weight"
     assert done.parameters == 12
+
+
+def test_what_may_be_a_moment_is_refused_by_name(run: LocalStore, tmp_path: Path) -> None:
+    for number, (key, kind) in enumerate({"fc": "velocity", "model": "fc.weight"}.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save(
+            {"state": {key: {kind: torch.ones(3, 4)}}, "net": {"fc.weight": torch.ones(3, 4)}},
+            folder / "pytorch_model.bin",
+        )
+        with pytest.raises(Malformed, match=rf"state\.{key}\.{kind} lies where optimizers keep moments, and is none"):
+            adopt(run, str(folder))
+    assert nothing(run)
+
+
+def test_an_apps_model_is_found(run: LocalStore, folder: Path) -> None:
+    model = nn.Linear(4, 3)
+    (folder / "model.safetensors").unlink()
+    torch.save({"app": {"model": model.state_dict(), "steps": torch.ones(1)}}, folder / "pytorch_model.bin")
+    adopt(run, str(folder))
+    assert load_tip(run).keys() == {"weight", "bias"}
+
+
+def test_numbers_with_another_sign_than_their_bytes_are_refused(run: LocalStore, folder: Path) -> None:
+    weight = torch.conj(torch.randn(8, 8, dtype=torch.complex64)).imag
+    assert weight.is_neg()
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": weight, "other": torch.ones(2, 2)}, folder / "pytorch_model.bin")
+    with pytest.raises(Malformed, match=r"negated or conjugated; save tensor\.resolve_conj\(\)\.resolve_neg\(\)"):
+        adopt(run, str(folder))
+    torch.save({"weight": weight.resolve_neg(), "other": torch.ones(2, 2)}, folder / "pytorch_model.bin")
+    assert adopt(run, str(folder)).parameters == 68
+
+
+def test_a_name_that_takes_megabytes_is_refused(run: LocalStore, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"k" * 100_000: {str(number): torch.ones(2, 2) for number in range(60)}}, folder / "pytorch_model.bin")
+    with pytest.raises(Malformed, match=r"is longer than 1,024 characters; rename that tensor"):
+        adopt(run, str(folder))
+
+
+def test_tensors_that_no_cycle_may_touch(run: LocalStore, folder: Path) -> None:
+    whole, part = adopt(run, str(folder)), adopt(run, str(folder), exclude=["fc*"])
+    assert part.record > whole.record and part.checkpoint != whole.checkpoint
+    topology = Topology.parse(run.get(f"checkpoints/{part.checkpoint}/topology.json"), name="topology")
+    assert topology.parameters and not any(name.startswith("fc") for name in topology.parameters)
+    assert load_tip(run).keys() == WEIGHTS.keys(), "they are loaded all the same"
+    with pytest.raises(Malformed, match=r"no tensor is called 'fd\*', which is to be excluded; there are "):
+        adopt(run, str(folder), exclude=["fd*"])
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step_4000", 4000), ("global_step12", 12), ("checkpoint-70", 70), ("500", 500), ("epoch=3-step=100", 100),
+        ("epoch=3", 0), ("my-gpt2", 0), ("v2", 0),
+    ],
+)  # fmt: skip
+def test_the_step_that_a_name_ends_with(run: LocalStore, tmp_path: Path, name: str, step: int) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    (folder / f"{name}.safetensors").write_bytes(builders.safetensors(WEIGHTS))
+    done = adopt(run, str(folder))
+    assert done.checkpoint.startswith(f"{step}-")
+    assert adopt(run, str(folder / f"{name}.safetensors")).record == done.record
+
+
+def test_checkpoints_on_the_way_stand_beneath_the_last_one(run: LocalStore, folder: Path) -> None:
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(builders.safetensors(WEIGHTS))
+    adopt(run, str(folder))
+    (folder / "model.safetensors").rename(folder / "checkpoint-5" / "other.safetensors")
+    assert adopt(run, str(folder)).imported_from == folder.as_uri()
+
+
+def test_a_run_inside_of_the_checkpoint_is_refused(folder: Path) -> None:
+    inside = LocalStore(folder / "run")
+    with pytest.raises(StoreError, match="would lie in the checkpoint's own folder"):
+        adopt(inside, str(folder))
+    assert nothing(inside)
 
 
 def test_a_header_that_lies_is_refused(run: LocalStore, folder: Path) -> None:

@@ -109,10 +109,21 @@ def test_basic_pruning_leaves_norms_embeddings_and_tied_weights_alone() -> None:
         "odd.weight": models.parameter("odd.weight", 50, 8),
         "bias": models.parameter("bias", 8),
         "wetter.weight": models.parameter("wetter.weight", 3, 3),
-    }
+        "member.weight": models.parameter("member.weight", 3, 3),
+        "tokens.fc.weight": models.parameter("tokens.fc.weight", 3, 3),
+        **{
+            name: models.parameter(name, 3, 3)
+            for name in (
+                "tok_emb.weight", "shared.weight", "cls_token", "mask_token", "relative_position_bias_table",
+                "fc.weight_scale", "fc.weight_scale_inv", "fc.scales", "fc.zero_point", "attn.causal_mask",
+            )
+        },
+        "h.0.attn.bias": models.parameter("h.0.attn.bias", 1, 1, 8, 8),
+    }  # fmt: skip
     declined = (Declined(name="odd.weight", kind=Kind.WEIGHT, reason="an embedding"),)
     topology = topology.model_copy(update={"parameters": topology.parameters | extra, "declined": declined})
-    assert set(prunable_parameters(topology)) == {"fc0.weight", "fc1.weight", "wetter.weight"}
+    kept = {"fc0.weight", "fc1.weight", "wetter.weight", "member.weight", "tokens.fc.weight"}
+    assert set(prunable_parameters(topology)) == kept
 
 
 def test_the_three_basic_rounds_cut_the_same_slices_and_carry_their_thresholds() -> None:

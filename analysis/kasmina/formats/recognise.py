@@ -40,6 +40,7 @@ def recognise(store: ObjectStore, prefix: str) -> Recognised:
     for form, endings in (("safetensors", (SAFETENSORS,)), ("torch-zip", TORCH)):
         paths = [path for path in found if path.endswith(endings)]
         usual = [path for path in paths if basename(path) in _WEIGHTS]
+        usual = [path for path in usual if "/" not in path] or usual  # folders beneath hold what was saved on the way
         if path := _only(usual or paths, prefix):
             if form == "torch-zip":  # the length of a safetensors header may begin with any byte
                 refuse_legacy(Bytes(store, found[path].key, found[path]))
@@ -76,8 +77,8 @@ def _sharded(store: ObjectStore, index: str, head: Head) -> Recognised:
 def _only(paths: list[str], prefix: str) -> str | None:
     if len(paths) > 1:
         raise Malformed(
-            f"{prefix or 'the folder'} holds {len(paths)} checkpoints ({', '.join(sorted(paths)[:3])}, ...); move all "
-            "but one away, or name a folder that holds one"
+            f"{prefix or 'the folder'} holds {len(paths)} checkpoints ({', '.join(sorted(paths)[:3])}, ...); name the "
+            "one file, or a folder that holds one"
         )
     return paths[0] if paths else None
 

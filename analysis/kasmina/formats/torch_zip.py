@@ -6,6 +6,7 @@ beside `optimizer_states`), the weights are that dict; the rest is neither read 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -23,11 +24,20 @@ ROOTS = ("state_dict", "model_state_dict", "model")
 """Keys under which trainers keep the weights beside other things."""
 
 _STATE = "state"
-"""Where `Optimizer.state_dict()` keeps moments, by parameter."""
+"""Where `Optimizer.state_dict()` keeps moments, by parameter; or, flattened, in the middle of a name."""
+_OPTIMIZER = re.compile(r"optim(izer)?s?(_states?|_state_dicts?)?")
+"""Keys under which trainers keep optimizers."""
+_SLOT = re.compile(
+    r"(max_)?exp_avg(_sq)?(_row|_col)?|exp_inf|exp_avg_diff|momentum(_buffer)?|(square|grad)_avg|acc_delta|sum|prev|"
+    r"step(_size)?|eta|mu|ax|(row|col)_var|variance|state[12]|(qmap|absmax|max)[12]|master_param|fp32_param"
+)
+"""What optimizers keep for a parameter: torch's own, and bitsandbytes'."""
 _MAX_NODES = 200_000
 """Values that are looked at: a pickle can name one value many times, each time inside itself."""
 _MAX_DEPTH = 64
 _MAX_SIDES = 64
+_MAX_NAME = 1024
+"""Characters of a tensor's name. Each key of a nested dict is in all the names beneath it."""
 _MAX_COMPARED = 200_000
 """Pairs of tensors whose bytes interleave, as the columns of one matrix do."""
 
@@ -139,17 +149,42 @@ def weights_of(found: Mapping[Path, T], *, name: str) -> dict[str, T]:
 
     What an optimizer keeps (`state`, then the parameter, then the moment) is none, under whatever key it lies.
     """
-    found = {path: one for path, one in found.items() if _STATE not in path[:-2]}
+    found = {path: one for path, one in found.items() if not path or not _of_optimizer(path, name)}
+    apps = {path[0] for path in found if path}
+    if len(apps) == 1 and any(len(path) > 2 and path[1] in ROOTS for path in found):
+        found = {path[1:]: one for path, one in found.items()}
     roots = [root for root in ROOTS if any(len(path) > 1 and path[0] == root for path in found)]
     named: dict[str, T] = {}
     for path, one in found.items():
         if roots and path[0] != roots[0]:
             continue
         key = ".".join(path[1:] if roots else path)
+        if len(key) > _MAX_NAME:
+            raise Malformed(
+                f"{name}: the name {key[:40]!r}... is longer than {_MAX_NAME:,} characters; rename that tensor"
+            )
         if key in named:
             raise Malformed(f"{name} holds two tensors that are called {key}; rename one of them")
         named[key] = one
     return named
+
+
+def _of_optimizer(path: Path, name: str) -> bool:
+    """Whether an optimizer keeps this tensor. Malformed where it lies as a moment does, and is none that is known."""
+    parts = path[-1].split(".") if len(path[-1]) <= _MAX_NAME else []
+    if any(map(_OPTIMIZER.fullmatch, path[:-1])) or (len(parts) > 1 and _OPTIMIZER.fullmatch(parts[0])):
+        return True
+    parts = [*path[:-1], *parts]
+    if _STATE in parts[:-2] and _SLOT.fullmatch(parts[-1]):
+        return True
+    if _STATE not in path[:-2]:
+        return False
+    if path[-2].isdecimal():  # an optimizer numbers its parameters
+        return True
+    raise Malformed(
+        f"{name}: {'.'.join(path)[:80]} lies where optimizers keep moments, and is none that is known; save the "
+        "weights alone: torch.save(model.state_dict(), path)"
+    )
 
 
 def _view(call: Call, name: str) -> View | None:
@@ -169,6 +204,12 @@ def _view(call: Call, name: str) -> View | None:
         return None
     if len(args) < (7 if what.endswith("v3") else 4):
         raise _broken(name)
+    if what != "_rebuild_tensor" and args[7 if what.endswith("v3") else 6 :] not in ((), (None,), ({},)):
+        # Tensor.imag of a conjugate, for one: its numbers have the other sign than the bytes
+        raise Malformed(
+            f"{name}: a tensor says that its bytes are to be negated or conjugated; save "
+            "tensor.resolve_conj().resolve_neg()"
+        )
     storage, offset, shape, strides = args[0], args[1], _sides(args[2]), _sides(args[3])
     dtype = args[6] if what.endswith("v3") else None
     known = storage.id if isinstance(storage, Persistent) else None

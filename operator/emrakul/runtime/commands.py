@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from emrakul.core.snapshot import Phase
 
 
@@ -26,8 +28,11 @@ def recheck(*, run_uri: str, record: int) -> tuple[str, ...]:
     return ("-m", "urabrask", "--run", run_uri, "--record", str(record))
 
 
-def adopt(*, run_uri: str, origin: str, step: int | None, epoch: int, model_id: str | None) -> tuple[str, ...]:
+def adopt(
+    *, run_uri: str, origin: str, step: int | None, epoch: int, model_id: str | None, exclude: Sequence[str]
+) -> tuple[str, ...]:
     """Arguments after the interpreter for the import of a checkpoint; it prints what it did as JSON."""
     given = {"--step": step, "--model-id": model_id}
     more = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    more += [f"--exclude={pattern}" for pattern in exclude]
     return ("-m", "kasmina.foreign", "--from", origin, "--run", run_uri, "--epoch", str(epoch), *more)

@@ -24,7 +24,12 @@ MIN_REQUESTS = 16
 CODE_VERSION = 3
 """Part of every key: raised when the same input would be answered otherwise."""
 
-_EMBEDDING = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe)([._]|$)", re.IGNORECASE)
+_EMBEDDING = re.compile(
+    r"(^|[._])(embed\w*|\w*embeddings?|emb|\w+_emb|wte|wpe|\w+_tokens?|\w*position\w*|shared(?=\.weight$))([._]|$)",
+    re.IGNORECASE,
+)
+_TABLE = re.compile(r"(^|[._])((\w*_)?scales?(_inv)?|(\w*_)?zeros?(_points?)?|(\w*_)?mask|inv_freq)$", re.IGNORECASE)
+"""What stands beside weights: scales and zero points of quantized ones, masks of attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,8 @@ def basic_requests(
 def prunable_parameters(topology: Topology) -> dict[str, Parameter]:
     """What basic pruning may touch: matrices and kernels that are no norm, no embedding, untied and not declined.
 
-    Embeddings are known by being tied or declined, else by their name; a wrong guess keeps weights, nothing more.
+    Embeddings are known by being tied or declined, else by their name, as are scales and masks; a wrong guess keeps
+    weights, nothing more.
     """
     norms = {m.parameter for group in topology.groups for m in group.members if m.role == "norm"}
     declined = {found.name for found in topology.declined if found.kind is Kind.WEIGHT}
@@ -92,7 +98,9 @@ def prunable_parameters(topology: Topology) -> dict[str, Parameter]:
         and not parameter.aliases
         and name not in norms
         and name not in declined
+        and parameter.shape[:2] != (1, 1)  # a mask of attention: one of all heads, for each mini-batch
         and not _EMBEDDING.search(name)
+        and not _TABLE.search(name)
     }
 
 
