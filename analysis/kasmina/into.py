@@ -12,6 +12,7 @@ from kasmina.enforce import MaskEnforcer, MasksDoNotFit
 from kasmina.formats import TensorRef
 from kasmina.tensor_files import TORCH
 from kasmina.training_state import ModelDoesNotFit, Stepped, Training, forget_slots, restore_slot, stepped
+from leyline.ids import canonical_name
 from leyline.masks import Masks
 from leyline.model import Malformed
 
@@ -81,8 +82,10 @@ class IntoTraining:
         self._enforcer.update(masks)
 
     def _check_weights(self, weights: Mapping[str, TensorRef]) -> None:
-        # an imported BERT still holds its position_ids: whole numbers that the model lacks are no weights of it
-        known = set(self._weights) | set(self._tied)
+        # an imported BERT still holds its position_ids: whole numbers that the model lacks are no weights of it; nor are
+        # the tables (masks, frequencies) that today's model makes for itself and saves no longer
+        made = {canonical_name(name) for name, _ in self._training.model.named_buffers(remove_duplicate=False)}
+        known = set(self._weights) | set(self._tied) | made
         if extra := next((name for name, ref in weights.items() if name not in known and _is_float(ref)), None):
             raise ModelDoesNotFit(f"the checkpoint holds {extra}, which this model does not have; load its own model")
         for name, tensor in self._weights.items():

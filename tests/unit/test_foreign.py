@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import builders
 from histories import History
-from kasmina import load_tip
+from kasmina import TrainingRun, load_tip, trace_topology
 from kasmina.foreign import adopt, main
 from leyline import exits
 from leyline.envelope import Trust, Untrusted, generate_key
@@ -200,6 +200,25 @@ def test_an_apps_model_is_found(run: LocalStore, folder: Path) -> None:
     torch.save({"app": {"model": model.state_dict(), "steps": torch.ones(1)}}, folder / "pytorch_model.bin")
     adopt(run, str(folder))
     assert load_tip(run).keys() == {"weight", "bias"}
+
+
+class Attention(nn.Module):
+    def __init__(self, *, saved: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.ones(4, 4).tril(), persistent=saved)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def test_a_table_that_the_model_saves_no_longer_is_no_misfit(run: LocalStore, folder: Path) -> None:
+    old, new = Attention(saved=True), Attention(saved=False)
+    torch.save(old.state_dict(), folder / "pytorch_model.bin")
+    adopt(run, str(folder / "pytorch_model.bin"))
+    topology = trace_topology(new, torch.ones(1, 4), model_id="run")
+    TrainingRun.start(run, model=new, model_id="run", topology=topology).close()
+    assert torch.equal(new.fc.weight, old.fc.weight)
 
 
 def test_numbers_with_another_sign_than_their_bytes_are_refused(run: LocalStore, folder: Path) -> None:
