@@ -1,12 +1,15 @@
 """What every trainer's callback does: `kasmina.huggingface` and `kasmina.lightning` only know what events are called.
 
-Training is never stopped for the store's sake: a publish that fails is a warning, and the next save tries again. What
-is wrong with the set-up (another model, a step that does not follow, several processes) raises at the first event.
+Training is never stopped for a publish's sake: one that fails, whatever the reason, is a warning, and the next save
+tries again. What is wrong with the set-up (another model, an evaluation that it cannot answer, a step that does not
+follow, several processes) raises at the first event.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,25 +18,31 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from kasmina.evaluation import BATCH
 from kasmina.hooks import first_tensor
-from kasmina.publish import PublishRefused
+from kasmina.publish import EvaluationExport, PublishRefused
 from kasmina.run import TrainingRun
 from kasmina.tracker import ImportanceTracker
 from leyline.envelope import trust_from_environment
 from leyline.ids import canonical_name
 from leyline.log import Log, NoRun
+from leyline.model import Malformed
 from leyline.open import open_store
 from leyline.store import ObjectStore, StoreError
 from leyline.topology import Topology
 
 log = logging.getLogger("kasmina")
 
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+"""Seconds between two attempts to carry out a rollback; each pause is twice the one before."""
+
 
 class TrainerEvents:
     """One trainer's hold on a run, told by its events.
 
     `topology` or `tracker` as `TrainingRun.start` takes them; a tracker is told its steps here. `publish` goes to every
-    `TrainingRun.publish` (evaluation, evaluation_model, refresh, data, ...).
+    `TrainingRun.publish` (evaluation, evaluation_model, refresh, data, ...); a name that it does not know is a
+    TypeError.
     """
 
     def __init__(
@@ -47,6 +56,9 @@ class TrainerEvents:
     ) -> None:
         if topology is None and tracker is None:
             raise ValueError("give the callback a topology or a tracker; trace_topology(model, inputs) makes one")
+        known = sorted(inspect.signature(TrainingRun.publish).parameters.keys() - {"self", "step", "epoch"})
+        if unknown := next((name for name in publish if name not in known), None):
+            raise TypeError(f"the callback takes no {unknown}; what a publish can be given is {', '.join(known)}")
         self._uri, self._model_id, self._topology, self._tracker = run, model_id, topology, tracker
         self._publish = publish
         self._watching: RemovableHandle | None = None
@@ -54,6 +66,7 @@ class TrainerEvents:
         self._scaler: GradScaler | None = None
         self._in_step = False
         self._restart = False
+        self._pause, self._again = _FIRST_PAUSE, 0.0
         self._published = -1
         self.run: TrainingRun | None = None
         """Open between the trainer's first and last event."""
@@ -73,7 +86,7 @@ class TrainerEvents:
         """Training begins at `step`: open the run and load its tip, masks and all, into model and optimizers.
 
         `accumulated`: mini-batches whose gradients make one step. `scaler`: what multiplies the loss, in float16.
-        ValueError where the tip is of another step.
+        ValueError where the tip is of another step, or the evaluation not one that can be published.
         """
         if processes > 1:
             raise ValueError(
@@ -83,6 +96,7 @@ class TrainerEvents:
         _check_names(model, self._tracker.topology if self._tracker else self._topology)
         store = open_store(self._uri) if isinstance(self._uri, str) else self._uri
         _check_step(store, step)
+        _check_evaluation(model, **self._publish)
         self.run = TrainingRun.start(
             store,
             model=model,
@@ -93,6 +107,7 @@ class TrainerEvents:
         )
         self._accumulated, self._scaler = accumulated, scaler
         self._published, self._restart, self.fenced = -1, False, False
+        self._pause, self._again = _FIRST_PAUSE, 0.0
         if self._tracker is not None:
             hook = self._tracker.model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
             self._watching = hook
@@ -104,11 +119,35 @@ class TrainerEvents:
             self._tracker.end()
 
     def step_begins(self) -> None:
-        """Between two steps, where weights may be replaced: what a rollback asked for is carried out here."""
-        if self.run is not None and self._restart:
-            loaded = self.run.load()
-            self._restart = False
-            log.warning("the run was rolled back; training goes on from checkpoint %s", loaded and loaded.checkpoint)
+        """Between two steps, where weights may be replaced: what a rollback asked for is carried out here.
+
+        While the store is away training goes on unpublished, and a later step tries again. It waits here only where a
+        load ended in the middle: weights of two checkpoints are no good to train on, nor for the trainer to save.
+        """
+        while self.run is not None and self._restart and (self.run.half_loaded or time.monotonic() >= self._again):
+            try:
+                loaded = self.run.load()
+            except PublishRefused:
+                if self.run.half_loaded:
+                    raise
+                self._restart = False
+                self._stop()
+            except StoreError as error:
+                pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+                log.warning(
+                    "the run was rolled back, and the checkpoint to go on from cannot be loaded: %s; training %s, and "
+                    "this is tried again in %d s",
+                    error,
+                    "waits with its weights half loaded" if self.run.half_loaded else "goes on unpublished",
+                    pause,
+                )
+                self._again = time.monotonic() + pause
+                if self.run.half_loaded:
+                    time.sleep(pause)
+            else:
+                self._restart, self._pause = False, _FIRST_PAUSE
+                name = loaded and loaded.checkpoint
+                log.warning("the run was rolled back; training goes on from checkpoint %s", name)
 
     def report(self, *, step: int, epoch: int, loss: float, grad_norm: float | None) -> None:
         """How training is doing."""
@@ -123,11 +162,11 @@ class TrainerEvents:
         if self.run is None or self._restart:
             return
         news = self.run.sync()
-        self._restart, self.fenced = news.restart, self.fenced or news.fenced
+        self._restart = news.restart
         if news.error:
             log.warning("%s", news.error)
         if news.fenced:
-            log.error("another trainer opened the run; nothing of this training is published any more, and it stops")
+            self._stop()
 
     def saved(self, *, step: int, epoch: int) -> None:
         """The trainer saves a checkpoint of its own at `step`: publish the same state, and look for news."""
@@ -138,6 +177,15 @@ class TrainerEvents:
             self._published = step
         except (StoreError, PublishRefused) as error:
             log.warning("step %d was not published: %s", step, error)
+        except Exception as error:  # of the model's own code, or of the data: nothing here is worth a training
+            log.warning(
+                "step %d was not published: %s: %s. Training goes on, and the next save tries again; if that says the "
+                "same, mend the model or what the callback is given, and resume",
+                step,
+                type(error).__name__,
+                error,
+                exc_info=not isinstance(error, Malformed),
+            )
         self.sync()
 
     def end(self) -> None:
@@ -148,7 +196,13 @@ class TrainerEvents:
             self._tracker.close()
         if self.run is not None:
             self.run.close()
+            if self._restart:
+                log.warning("training ended before a rollback was carried out; its weights are not the run's tip")
         self.run = self._watching = None
+
+    def _stop(self) -> None:
+        self.fenced = True
+        log.error("another trainer opened the run; nothing of this training is published any more, and it stops")
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """No trainer says how many samples a mini-batch has before it computes with them; its tensors do."""
@@ -170,6 +224,28 @@ def _check_names(model: nn.Module, topology: Topology | None) -> None:
             f"the topology names {min(missing)}, which the {type(model).__name__} that is trained does not have; trace "
             "that very module, or for Lightning give the callback the one that was traced, model=..."
         )
+
+
+def _check_evaluation(
+    model: nn.Module,
+    *,
+    evaluation: Any = None,
+    evaluation_function: str | None = None,
+    evaluation_model: nn.Module | None = None,
+    evaluation_batch: int = BATCH,
+    **_: Any,
+) -> None:
+    """What would be a warning at the first save, hours from here, is a ValueError now."""
+    if evaluation is None:
+        return
+    exports = EvaluationExport()
+    try:
+        exports.of(model, evaluation, evaluation_function, answering=evaluation_model, batch=evaluation_batch)
+    except Malformed as error:
+        raise ValueError(
+            f"this evaluation cannot be published: {error}; mend it, or give an evaluation_function of your own where "
+            "the model cannot be traced"
+        ) from error
 
 
 def _check_step(store: ObjectStore, step: int) -> None:

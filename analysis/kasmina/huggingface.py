@@ -5,6 +5,7 @@ Trainer(..., callbacks=[KasminaCallback("s3://bucket/run", model_id="bert", trac
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -14,6 +15,8 @@ from kasmina.events import TrainerEvents
 from kasmina.tracker import ImportanceTracker
 from leyline.store import ObjectStore
 from leyline.topology import Topology
+
+log = logging.getLogger("kasmina")
 
 
 class KasminaCallback(TrainerCallback):
@@ -47,6 +50,11 @@ class KasminaCallback(TrainerCallback):
             accumulated=args.gradient_accumulation_steps,
             scaler=getattr(optimizer, "scaler", None),
         )
+        if args.save_strategy == "no":
+            log.warning(
+                "nothing will be published: the Trainer's save_strategy is 'no', and this publishes when it saves; set "
+                "it to 'steps' or 'epoch'"
+            )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.events.step_begins()

@@ -5,6 +5,7 @@ Trainer(..., callbacks=[KasminaCallback("s3://bucket/run", model_id="resnet", tr
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from kasmina.events import TrainerEvents
 from kasmina.tracker import ImportanceTracker
 from leyline.store import ObjectStore
 from leyline.topology import Topology
+
+log = logging.getLogger("kasmina")
 
 
 class KasminaCallback(Callback):
@@ -56,6 +59,11 @@ class KasminaCallback(Callback):
             accumulated=trainer.accumulate_grad_batches,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
+        if not trainer.checkpoint_callbacks:
+            log.warning(
+                "nothing will be published: the Trainer has no ModelCheckpoint, and this publishes when one saves; add "
+                "one, or leave out enable_checkpointing=False"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.events.step_begins()

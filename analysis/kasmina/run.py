@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -25,10 +26,11 @@ from torch.optim import Optimizer
 
 from kasmina.enforce import MaskEnforcer, MasksDoNotFit
 from kasmina.evaluation import BATCH
+from kasmina.formats import TensorRef
 from kasmina.held import HeldTime, holds
 from kasmina.into import IntoTensors, IntoTraining
 from kasmina.load import Loaded, load_newest
-from kasmina.pair import read_masks
+from kasmina.pair import PairDamaged, load_pair, read_masks
 from kasmina.publish import (
     SHARD_BYTES,
     EvaluationExport,
@@ -44,7 +46,7 @@ from kasmina.training_state import Training
 from leyline import layout
 from leyline.crypt import KeyRing
 from leyline.envelope import SigningKey, Trust, signing_keys_from_environment, trust_from_environment
-from leyline.fold import RunState
+from leyline.fold import PairState, RunState
 from leyline.log import Entry, Log
 from leyline.masks import Masks
 from leyline.messages import SystemStatePacket
@@ -103,7 +105,9 @@ class TrainingRun:
         self._term = 0
         self._seen = 0
         self._published: Entry | None = None
-        self._half_loaded = False
+        self._load_failed = False
+        self.half_loaded = False
+        """A load ended in the middle, and none has succeeded since: the weights are of two checkpoints."""
         self.resumed: Loaded | None = None
         """What the newest load gave; None in a run without checkpoints."""
 
@@ -154,16 +158,6 @@ class TrainingRun:
             fp32_master=fp32_master or {},
             tracker=tracker,
         )
-        log = Log(store, keys=keys, trust=trust)
-        opened = None
-        if rank == 0:
-            probe(store)
-            genesis = Genesis(run_id=run_id or store.uri.rpartition("/")[2], model_id=model_id)
-            log.create(Draft(id="genesis", body=genesis))
-            # a new id for each start: two trainers must never take one open for their own
-            opened = log.append(Draft(id=f"open-{uuid.uuid4().hex}", body=Open()), base=log.tail().record.n).record.n
-        elif (found := log.tail().state.model_id) != model_id:
-            raise ValueError(f"{store.uri} is a run of model {found}, not {model_id}; use another run URI")
         enforcer = MaskEnforcer(
             model,
             Masks(model_id=model_id),
@@ -172,6 +166,18 @@ class TrainingRun:
             fp32_master=fp32_master,
             model_id=model_id,
         )
+        log = Log(store, keys=keys, trust=trust)
+        opened = None
+        if rank == 0:
+            probe(store)
+            genesis = Genesis(run_id=run_id or store.uri.rpartition("/")[2], model_id=model_id)
+            state = log.create(Draft(id="genesis", body=genesis)).state
+            if state.tip_pair is not None:  # an open fences whoever trains this run, so not for a model of another
+                _check_fits(store, log, state.tip_pair, _Asked(training, enforcer, blank=b""), trust)
+            # a new id for each start: two trainers must never take one open for their own
+            opened = log.append(Draft(id=f"open-{uuid.uuid4().hex}", body=Open()), base=log.tail().record.n).record.n
+        elif (found := log.tail().state.model_id) != model_id:
+            raise ValueError(f"{store.uri} is a run of model {found}, not {model_id}; use another run URI")
         self = cls(
             store,
             log,
@@ -219,7 +225,7 @@ class TrainingRun:
         """
         if self._rank != 0:
             raise ValueError(f"rank {self._rank} publishes nothing; call publish on rank 0")
-        if self._half_loaded:
+        if self._load_failed:
             raise PublishRefused("the last load() failed in the middle, so these weights are no checkpoint; load again")
         if self._training.tracker is not None:
             self._training.tracker.check_isolation()
@@ -363,15 +369,20 @@ class TrainingRun:
 
         Rank 0 rolls a damaged tip back (unless `readonly`); elsewhere that is PairDamaged. NoLoadableCheckpoint where
         nothing loads. Refused, Unreachable, WrongKey and Untrusted roll nothing back. Where this raises, the weights
-        may be half loaded: publish refuses until a load succeeds.
+        may be half loaded (`half_loaded` says it): publish refuses until a load succeeds.
         """
         self._check_ours(self._log.tail().state)
-        self._half_loaded = True
-        into = IntoTraining(self._training, self._enforcer, blank=self._blank)
+        self._load_failed = True
+        into = _InPlace(self._training, self._enforcer, blank=self._blank)
         may_roll_back = self._rank == 0 and not readonly
-        loaded, state = load_newest(self._store, self._log, into, trust=self._trust, may_roll_back=may_roll_back)
+        try:
+            loaded, state = load_newest(self._store, self._log, into, trust=self._trust, may_roll_back=may_roll_back)
+        except BaseException:
+            self.half_loaded = self.half_loaded or into.begun
+            raise
+        self.half_loaded = False
         self._check_ours(state)
-        self._half_loaded = False
+        self._load_failed = False
         self._term, self._seen, self._published = state.term, state.n, None
         self._report, self._losses = None, LossHistory()
         masks = loaded.masks if loaded else None
@@ -404,6 +415,35 @@ class TrainingRun:
             return "forward"
         tracker.refresh(function, batches, samples=samples)
         return "refreshed"
+
+
+class _InPlace(IntoTraining):
+    """Knows whether it has begun to replace what the training holds."""
+
+    begun = False
+
+    def begin(self, weights: Mapping[str, TensorRef], slots: Mapping[str, TensorRef]) -> None:
+        super().begin(weights, slots)
+        self.begun = True
+
+
+class _Asked(IntoTraining):
+    """Takes nothing: ModelDoesNotFit, or else _Fits."""
+
+    def begin(self, weights: Mapping[str, TensorRef], slots: Mapping[str, TensorRef]) -> None:
+        self._check_weights(weights)
+        self._check_slots(slots)
+        raise _Fits
+
+
+class _Fits(Exception):
+    """Names and shapes are those of the training; no tensor was read to find that."""
+
+
+def _check_fits(store: ObjectStore, log: Log, tip: PairState, asked: _Asked, trust: Trust | None) -> None:
+    """ModelDoesNotFit where the training cannot take the tip. A damaged tip is for `load` to roll back."""
+    with suppress(_Fits, PairDamaged):
+        load_pair(store, log, tip, asked, trust)
 
 
 def load_tip(

@@ -38,6 +38,7 @@ from leyline.records import Draft, Kind, Open, Publish
 from leyline.store import ObjectStore, Unreachable
 from leyline.topology import Topology
 from trainers import prune
+from wrapped import Failing
 
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 Y = (X[:, 0] > 0).long()
@@ -449,6 +450,7 @@ def test_a_store_that_does_not_answer_costs_a_warning(
     away = Away(Path(store.uri.removeprefix("file://")))
     practice.train(practice.callback(away, topology=topology_of(practice.model)))
     assert "step 4 was not published: the store is away" in caplog.text
+    assert "nothing will be published" not in caplog.text
     assert [body.step for body in published(store)] == [8]
 
 
@@ -464,6 +466,184 @@ class Away(LocalStore):
         if key.startswith("checkpoints/4-"):
             raise Unreachable("the store is away")
         return super().put_stream(key, chunks, size=size)
+
+
+def test_a_model_that_cannot_be_published_costs_a_warning(
+    kind: type[Practice], folder: Path, store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    practice = kind(folder, store.uri)
+    callback = practice.callback(store.uri, topology=topology_of(practice.model))
+    whole = callback.events.saved
+
+    def saved(*, step: int, epoch: int) -> None:
+        if step == 4:
+            practice.model.register_buffer("angles", torch.ones(2, dtype=torch.complex128))
+        whole(step=step, epoch=epoch)
+        if step == 4:
+            del practice.model.angles
+
+    callback.events.saved = saved
+    practice.train(callback)
+    assert "step 4 was not published: Malformed: tensor angles is torch.complex128" in caplog.text
+    assert "Training goes on, and the next save tries again" in caplog.text
+    assert [body.step for body in published(store)] == [8]
+
+
+def test_data_that_cannot_be_read_costs_a_warning(
+    kind: type[Practice], folder: Path, store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    practice = kind(folder, store.uri)
+
+    def lost(model: nn.Module, batch: Any) -> Tensor:
+        raise OSError("the data are gone")
+
+    tracker = ImportanceTracker(practice.model, topology_of(practice.model))
+    practice.train(practice.callback(store.uri, tracker=tracker, refresh=8, data=(lost, [X[:8]])))
+    for step in SAVES:
+        assert f"step {step} was not published: OSError: the data are gone" in caplog.text
+    assert 'raise OSError("the data are gone")' in caplog.text, "it is the person's code, so they see where"
+
+
+def test_an_evaluation_that_cannot_be_published_is_refused_before_the_first_step(
+    kind: type[Practice], folder: Path, store: LocalStore
+) -> None:
+    practice = kind(folder, store.uri)
+    callback = practice.callback(store.uri, topology=topology_of(practice.model), evaluation=(X, Y[:3]))
+    with pytest.raises(ValueError, match=r"cannot be published: the evaluation target must be int64 \[32\].*; mend"):
+        practice.train(callback)
+    assert not list(store.list("")), "no run was opened"
+
+
+def test_a_mistyped_option_is_refused_at_once(kind: type[Practice], folder: Path, store: LocalStore) -> None:
+    practice = kind(folder, store.uri)
+    with pytest.raises(TypeError, match=r"takes no evalution; what a publish can be given is data, evaluation, "):
+        practice.callback(store.uri, topology=topology_of(practice.model), evalution=(X, Y))
+
+
+def test_a_trainer_that_never_saves_is_told_so_once(
+    kind: type[Practice], folder: Path, store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    practice = kind(folder, store.uri)
+    callback = practice.callback(store.uri, topology=topology_of(practice.model))
+    if isinstance(practice, HuggingFace):
+        practice.arguments.save_strategy = transformers.trainer_utils.SaveStrategy.NO
+        practice.train(callback)
+    else:
+        trainer = lightning.Trainer(**practice.options(), callbacks=[callback], enable_checkpointing=False)
+        trainer.fit(practice.module, practice.batches())
+    assert caplog.text.count("nothing will be published") == 1
+
+
+class Clock:
+    """What kasmina.events takes for the time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+        monkeypatch.setattr("kasmina.events.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_store_that_is_away_after_a_rollback_is_tried_again_while_training_goes_on(
+    kind: type[Practice],
+    folder: Path,
+    store: LocalStore,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    practice, clock = kind(folder, store.uri), Clock(monkeypatch)
+    away = Failing(store, Unreachable("the store is away"), times=0)
+    callback = practice.callback(away, topology=topology_of(practice.model))
+    events, (whole, step_begins) = callback.events, (callback.events.saved, callback.events.step_begins)
+    weights: list[Tensor] = []
+
+    def saved(*, step: int, epoch: int) -> None:
+        whole(step=step, epoch=epoch)
+        if step == 4:
+            weights.append(practice.model.up.weight.detach().clone())
+            Log(store).append(rolled_back(2), base=2)
+            events.sync()
+            away.times = 2  # of the steps 5 and 6; at step 7 it is too early for a third attempt
+
+    def begins() -> None:
+        step_begins()
+        if weights:
+            clock.now += 1
+            weights.append(practice.model.up.weight.detach().clone())
+
+    events.saved, events.step_begins = saved, begins
+    practice.train(callback)
+    assert [torch.equal(weights[0], found) for found in weights[1:]] == [True, False, False, True]
+    said = re.findall(
+        r"cannot be loaded: the store is away; training goes on unpublished.* again in (\d+) s", caplog.text
+    )
+    assert said == ["1", "2"]
+    assert "the run was rolled back; training goes on from checkpoint 4-1-" in caplog.text
+    assert clock.slept == []
+    assert [body.step for body in published(store)] == [4, 8]
+
+
+def rolled_back_events(store: ObjectStore) -> tuple[Net, TrainerEvents]:
+    """A training of one published step whose run was rolled back, and that knows it."""
+    model = Net()
+    events = TrainerEvents(store, model_id="mine", tracker=ImportanceTracker(model, topology_of(model)))
+    options: Any = {"step": 0, "processes": 1, "accumulated": 1, "scaler": None}
+    events.begin(model, (torch.optim.SGD(model.parameters(), lr=0.1),), **options)
+    events.saved(step=1, epoch=1)
+    Log(store).append(rolled_back(2), base=2)
+    events.sync()
+    return model, events
+
+
+def test_attempts_to_carry_out_a_rollback_come_ever_more_rarely(
+    store: LocalStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    away = Failing(store, Unreachable("the store is away"), times=0)
+    _, events = rolled_back_events(away)
+    away.times = 10**9
+    for _ in range(300):  # seconds
+        events.step_begins()
+        clock.now += 1
+    events.saved(step=2, epoch=1)
+    events.end()
+    assert re.findall(r"again in (\d+) s", caplog.text) == ["1", "2", "4", "8", "16", "32", "60", "60", "60", "60"]
+    assert "training ended before a rollback was carried out" in caplog.text
+    assert [body.step for body in published(store)] == [1]
+
+
+def test_a_load_that_ends_in_the_middle_is_waited_for(
+    store: LocalStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    away = Failing(store, Unreachable("the store is away"), times=0)
+    model, events = rolled_back_events(away)
+    before = model.up.weight.detach().clone()
+    with torch.no_grad():
+        model.up.weight.add_(1)
+    (body,) = published(store)
+    name = next(record.id for record in Log(store).since(0) if record.body == body)
+    away._prefix, away.times = layout.checkpoint(name, "tracker.safetensors"), 2  # it is read last
+    events.step_begins()
+    assert clock.slept == [1, 2]
+    assert caplog.text.count("training waits with its weights half loaded") == 2
+    assert torch.equal(model.up.weight, before)
+
+
+def test_a_trainer_whose_run_was_taken_after_a_rollback_stops(
+    store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, events = rolled_back_events(store)
+    Log(store).append(Draft(id="open-other", body=Open()), base=0)
+    events.step_begins()
+    assert events.fenced
+    assert "another trainer opened the run" in caplog.text
 
 
 def test_weights_only_saves_are_refused(folder: Path, store: LocalStore) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +23,15 @@ from kasmina import (
     load_tip,
     trace_topology,
 )
+from kasmina.formats import stream
 from kasmina.pair import read_masks
 from leyline import layout
 from leyline.crypt import DATA_KEY, DataKey, KeyRing, WrongKey
-from leyline.digest import sha256_hex
+from leyline.digest import ObjectDigest, sha256_hex
 from leyline.envelope import SigningKey, Trust, Untrusted
 from leyline.local import LocalStore
 from leyline.log import Log, verify
-from leyline.store import NotFound, Refused, StoreError, Unreachable
+from leyline.store import NotFound, ObjectStore, Refused, StoreError, Unreachable
 from trainers import MODEL, Tiny, Trainer, X, Y, equal, everything, prune, start, topology
 from wrapped import Failing, Killed, Mortal, Wrapped
 
@@ -158,7 +161,7 @@ def test_numbers_in_optimizer_slots_stay_numbers(store: LocalStore) -> None:
 
 
 def test_another_model_is_refused_before_anything_is_changed(store: LocalStore) -> None:
-    two_checkpoints(store)
+    trainer, _ = two_checkpoints(store)
     torch.manual_seed(3)
     model = Tiny()
     model.head = nn.Linear(4, 4)
@@ -168,7 +171,47 @@ def test_another_model_is_refused_before_anything_is_changed(store: LocalStore) 
     with pytest.raises(ModelDoesNotFit, match=r"(head\.\w+|twin) has shape"):
         TrainingRun.start(store, model=model, model_id=MODEL, topology=found)
     assert equal(model.state_dict(), before)
-    assert Log(store).tail().state.tip == 3
+    assert length(store) == 3, "the run was not opened"
+    trainer.publish(4)  # so whoever trains it was not fenced
+
+
+def test_a_candidate_of_another_model_is_refused_before_the_run_is_opened(store: LocalStore) -> None:
+    two_checkpoints(store)
+    prune(store, {0: [3]})
+    before = length(store)
+    with pytest.raises(ModelDoesNotFit, match=r"first\.\w+, which this model does not have"):
+        TrainingRun.start(store, model=nn.Linear(2, 2), model_id=MODEL, topology=topology())
+    assert length(store) == before
+
+
+def test_looking_whether_the_tip_fits_reads_no_weights(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_checkpoints(store)
+    read: list[str] = []
+
+    def counted(store: ObjectStore, key: str, digest: ObjectDigest, **options: Any) -> Iterator[bytes]:
+        read.append(key.rpartition("/")[2])
+        return stream(store, key, digest, **options)
+
+    monkeypatch.setattr("kasmina.pair.stream", counted)
+    start(store)
+    assert read == [WEIGHTS, "optimizer.safetensors"], "each once"
+
+
+@pytest.mark.parametrize(("what", "half"), [(layout.READY, False), (WEIGHTS, False), ("tracker.safetensors", True)])
+def test_a_load_that_changed_nothing_is_told_from_one_that_ended_in_the_middle(
+    store: LocalStore, what: str, half: bool
+) -> None:
+    _, names = two_checkpoints(store)
+    away = Failing(store, Unreachable("away"), prefix=layout.checkpoint(names[1], what), times=0)
+    trainer = start(away)
+    trainer.train(1)
+    before = everything(trainer)
+    away.times = 1
+    with pytest.raises(Unreachable):
+        trainer.run.load()
+    assert (trainer.run.half_loaded, equal(everything(trainer), before)) == (half, not half)
+    trainer.run.load()
+    assert not trainer.run.half_loaded
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
