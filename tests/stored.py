@@ -125,6 +125,17 @@ def distributed(weights: Mapping[str, builders.Tensor], folder: Path) -> Stored:
     return "dcp", {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def distributed_files(weights: Mapping[str, builders.Tensor], folder: Path) -> Stored:
+    """An object for each tensor, and moments in objects of their own."""
+    tensors = torch_tensors(weights)
+    moments = {"state": {name: {"exp_avg": torch.ones(one.shape)} for name, one in tensors.items()}}
+    writer = filesystem.FileSystemWriter(folder, single_file_per_rank=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": tensors, "optimizer": moments}, storage_writer=writer)
+    return "dcp", {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def distributed_grid(weights: Mapping[str, builders.Tensor], rows: int = 2, columns: int = 2) -> Stored:
     """As ranks write it that share each matrix as a grid: torch's own classes, and no process group."""
     ranks, parts = rows * columns, (rows, columns)
@@ -160,13 +171,14 @@ FORMATS: dict[str, Callable[..., Stored]] = {
     "torch-zip-sharded": torch_sharded,
     "dcp": distributed,
     "dcp-grid": distributed_grid,
+    "dcp-files": distributed_files,
 }
 
 
 def stored(form: str, weights: Mapping[str, builders.Tensor], folder: Path) -> Stored:
     """The weights in this format; `folder` is scratch."""
     writer = FORMATS[form]
-    return writer(weights, folder) if writer is distributed else writer(weights)
+    return writer(weights, folder) if writer in (distributed, distributed_files) else writer(weights)
 
 
 def loaded(form: Format, objects: Mapping[str, bytes], like: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def test_downloaded_weights_get_a_cycle_and_a_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["torch-zip", "lightning", "torch-zip-sharded", "dcp"])
+@pytest.mark.parametrize("form", ["torch-zip", "lightning", "torch-zip-sharded", "dcp", "dcp-files"])
 def test_a_checkpoint_of_another_format_gets_a_cycle(tmp_path: Path, form: str) -> None:
     uri = (tmp_path / "run").as_uri()
     weights = {name: one for name, one in load_file(MODEL / "model.safetensors").items() if one.is_floating_point()}
