@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from elesh.reading import Extent, PlainObject, Source
 from elesh.scorers import GateStatistics, Half
+from kasmina.formats import FLOATS
 from leyline import layout
 from leyline.crypt import DATA_KEY, KeyRing, SealedObject, WrongKey
 from leyline.messages import CheckpointMetadata, ImportanceStats, StoredObject
@@ -114,6 +115,11 @@ class Importance:
         entry, known = self._entries[f"weight/{parameter}"], self._topology.parameters[parameter]
         if entry.shape != known.shape:
             return None
+        if entry.dtype not in FLOATS:
+            raise ImportanceTrouble(
+                Reason.IMPORTANCE_CORRUPT,
+                _about(self._name, f"weight/{parameter} is of {entry.dtype}, which is no float"),
+            )
         width = ITEMSIZE[entry.dtype]
         return Extent(self._source, entry.start + start * width, entry.start + stop * width), entry.dtype
 

@@ -18,9 +18,9 @@ from elesh.reading import AHEAD, Extent, read_ahead
 from elesh.scoring import Scoring
 from elesh.weights import Weights
 from leyline import answers, exits, layout
+from leyline.bits import StoredFile
 from leyline.claims import Task, order, share
 from leyline.crypt import KeyRing
-from leyline.digest import sha256_hex
 from leyline.envelope import Trust, Untrusted
 from leyline.masks import Masks
 from leyline.messages import MaskRef, Requests, StructuralAnalysisRequest, StructuralAnalysisResponse
@@ -80,10 +80,10 @@ class Analysis:
         if ref is None:
             return None
         if ref.digest not in self._masks:
-            data = self.store.get(ref.path)
-            if sha256_hex(data) != ref.digest:
+            file = StoredFile(self.store, ref.path)
+            if file.sha256 != ref.digest:
                 raise Damaged(f"{ref.path} is not the mask file that the request names; restore it or roll back")
-            masks = Masks.from_bytes(data, name=ref.path)
+            masks = Masks.read(file, name=ref.path)
             if masks.model_id != self.weights.topology.model_id:
                 raise Malformed(f"{ref.path} holds masks of model {masks.model_id}")
             self._masks[ref.digest] = masks

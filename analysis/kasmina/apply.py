@@ -12,22 +12,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kasmina.formats import bind, read_index, read_slots
+from kasmina.formats import TensorRef, bind, read_index, read_slots
 from kasmina.rewrite import Zeroes, copy_masked, zeroed_weights, zeroes_of
 from leyline import exits, layout, tensors
 from leyline.answers import with_result
-from leyline.bits import Bits, Packed, PackedBits, clear_packed, ones
+from leyline.bits import HELD, Bits, Packed, PackedBits, Slice, Slices, StoredFile, ones
 from leyline.candidate import Copied, copy_tasks
 from leyline.claims import Task, share
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust, trust_from_environment
-from leyline.masks import Masks
+from leyline.masks import MaskFile, Masks
 from leyline.messages import (
     Candidate,
     CheckpointMetadata,
@@ -44,8 +44,10 @@ from leyline.store import CHUNK, Damaged, Exists, NotFound, ObjectStore, Refused
 from leyline.topology import Topology
 from leyline.work import Meter
 
-_RESIDENT = 9
+_RESIDENT = 10
 """Chunks' worth of memory that a worker needs besides: interpreter and libraries, and what a store has in flight."""
+_ANSWERS = 4
+"""Answers that are held: pieces of a mask may begin inside one, and small tensors of one be apart in the mask file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +57,15 @@ class Plan:
     update: CheckpointUpdate
     metadata: CheckpointMetadata
     masks: Masks
+    """Those of single weights are put together from the answers whenever they are asked for."""
     weights: Mapping[str, int]
     """How many lie in each object."""
-    zeroes: tuple[Zeroes, ...]
-    """What the masks prune, by where it lies."""
+    tensors: Mapping[str, TensorRef]
+    slots: Mapping[str, TensorRef]
+
+    def zeroes(self, masks: Masks) -> tuple[Zeroes, ...]:
+        """What the masks prune, by where it lies. Malformed if they do not fit the tensors."""
+        return (*zeroes_of(self.tensors, masks, slots=False), *zeroes_of(self.slots, masks, slots=True))
 
 
 def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None) -> Plan:
@@ -91,16 +98,23 @@ def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None)
     for ref in index.values():
         for box in ref.boxes:
             weights[box.object] += box.size
-    zeroes = zeroes_of(index, masks, slots=False) + zeroes_of(read_slots(store, prefix, metadata), masks, slots=True)
-    return Plan(update=update, metadata=metadata, masks=masks, weights=weights, zeroes=tuple(zeroes))
+    slots = read_slots(store, prefix, metadata)
+    plan = Plan(update=update, metadata=metadata, masks=masks, weights=weights, tensors=index, slots=slots)
+    plan.zeroes(masks)  # what does not fit is refused before anything is written
+    return plan
 
 
 def inherited_masks(store: ObjectStore, ref: MaskRef) -> Masks:
     """The masks of the base pair."""
-    data = _get(store, ref.path)
-    if (found := sha256_hex(data)) != ref.digest:
-        raise Damaged(f"{ref.path} has SHA-256 {found[:12]}, the tip's masks {ref.digest[:12]}; roll back the run")
-    return Masks.from_bytes(data, name=ref.path)
+    try:
+        file = StoredFile(store, ref.path)
+    except NotFound as error:
+        raise Malformed(f"{error}, but the cycle names it; start a new cycle") from error
+    if file.sha256 != ref.digest:
+        raise Damaged(
+            f"{ref.path} has SHA-256 {file.sha256[:12]}, the tip's masks {ref.digest[:12]}; roll back the run"
+        )
+    return Masks.read(file, name=ref.path)
 
 
 def decided_masks(store: ObjectStore, decision: Decision, topology: Topology) -> Masks:
@@ -129,24 +143,29 @@ def decided_masks(store: ObjectStore, decision: Decision, topology: Topology) ->
 
 def decided_weights(store: ObjectStore, decisions: Sequence[WeightDecision], topology: Topology) -> Packed:
     """Basic pruning's active bits by parameter, from the packed bits in the answers that the decision names."""
-    weights: dict[str, PackedBits] = {}
-    held: tuple[tuple[str, str], str, Mapping[str, NDArray[Any]]] = ("", ""), "", {}
+
+    @lru_cache(_ANSWERS)
+    def answer(folder: str, result: str) -> tuple[str, Mapping[str, NDArray[Any]]]:
+        path, data = with_result(store, folder, result)
+        return path, tensors.unpack(data, name=path)[0]
+
+    def bits(item: WeightDecision) -> PackedBits:
+        path, arrays = answer(item.answer, item.result)
+        packed, size = arrays.get(f"{item.slice.key}/mask"), item.slice.stop - item.slice.start
+        if packed is None or packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
+            raise Malformed(f"{path} holds no {size} packed bits of {item.slice.key}")
+        return packed
+
+    weights: dict[str, list[Slice]] = {}
     for item in decisions:
         name, start, stop = item.slice.parameter, item.slice.start, item.slice.stop
         parameter = topology.parameters.get(name)
         if parameter is None or stop > parameter.size or start >= stop:
             raise Malformed(f"the decision prunes {name} [{start}, {stop}), which the checkpoint's topology lacks")
-        if held[0] != (item.answer, item.result):  # its slices stand one after the other: each answer is read once
-            path, data = with_result(store, item.answer, item.result)
-            held = (item.answer, item.result), path, tensors.unpack(data, name=path)[0]
-        packed, path = held[2].get(f"{item.slice.key}/mask"), held[1]
-        if packed is None or packed.dtype != np.uint8 or packed.shape != ((stop - start + 7) // 8,):
-            raise Malformed(f"{path} holds no {stop - start} packed bits of {item.slice.key}")
-        if not np.array_equal(packed, ones(stop - start)):
-            if name not in weights:
-                weights[name] = ones(parameter.size)
-            clear_packed(weights[name], start, packed, stop - start)
-    return Packed(weights, {name: topology.parameters[name].size for name in weights})
+        if not np.array_equal(bits(item), ones(stop - start)):
+            weights.setdefault(name, []).append((start, stop, partial(bits, item)))
+    sizes = {name: topology.parameters[name].size for name in weights}
+    return Packed({name: Slices(sizes[name], slices) for name, slices in weights.items()}, sizes)
 
 
 def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | None = None) -> tuple[str, ...]:
@@ -157,10 +176,10 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
     update = plan.update
     if _exists(store, layout.manifest(update.cycle, update.base)):
         return ()
-    data = plan.masks.to_bytes()
-    ref = MaskRef(path=layout.masks(update.cycle, update.base), digest=sha256_hex(data), counts=plan.masks.counts())
-    store.put_if_absent(ref.path, data)
-    del data  # of basic pruning an eighth of a byte a weight
+    path, file = layout.masks(update.cycle, update.base), MaskFile(plan.masks)
+    store.put_stream(path, file, size=file.size)
+    # From here on the bits are read from there: how the answers cut them has nothing to do with how the tensors lie.
+    masks = Masks.read(StoredFile(store, path), name=path)
     tasks = copy_tasks(plan.metadata, base=update.base)
     outcome = share(
         store=store,
@@ -170,7 +189,7 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
         of=of,
         # Consensus is for scores: a copy is checked byte by byte by the validator.
         limits=update.limits.model_copy(update={"replicas": 1}),
-        compute=partial(_copy, store, plan, tasks),
+        compute=partial(_copy, store, plan, plan.zeroes(masks), tasks),
         mark=mark,
     )
     if not outcome.given_up:
@@ -180,25 +199,31 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
             base=update.base,
             checkpoint=update.checkpoint,
             decision=update.decision,
-            masks=ref,
+            masks=MaskRef(path=path, digest=file.sha256, counts=masks.counts()),
             objects=tuple(copied),
-            weights_zeroed=zeroed_weights(plan.masks),
+            weights_zeroed=zeroed_weights(masks),
         )
         store.put_if_absent(layout.manifest(update.cycle, update.base), manifest.canonical())
     return outcome.given_up
 
 
 def _copy(
-    store: ObjectStore, plan: Plan, tasks: Mapping[Task, StoredObject], task: Task, _: int, scale: float
+    store: ObjectStore,
+    plan: Plan,
+    zeroes: Sequence[Zeroes],
+    tasks: Mapping[Task, StoredObject],
+    task: Task,
+    _: int,
+    scale: float,
 ) -> bytes:
     stored, meter = tasks[task], Meter(store)
-    spare = (plan.update.limits.memory_bytes - plan.masks.nbytes) // CHUNK - _RESIDENT
+    spare = plan.update.limits.memory_bytes // CHUNK - _RESIDENT - (HELD if plan.masks.weights else 0)
     copied = copy_masked(
         meter.store,
         source=layout.checkpoint(plan.metadata.name),
         target=layout.candidate(plan.update.cycle, plan.update.base),
         stored=stored,
-        zeroes=plan.zeroes,
+        zeroes=zeroes,
         ahead=int(scale * max(0, min(2, spare // 2 - 1))),  # each twice: as it was read, and masked
     )
     work = meter.done(parameters=plan.weights.get(stored.path, 0))

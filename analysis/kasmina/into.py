@@ -82,8 +82,8 @@ class IntoTraining:
         self._enforcer.update(masks)
 
     def _check_weights(self, weights: Mapping[str, TensorRef]) -> None:
-        # an imported BERT still holds its position_ids: whole numbers that the model lacks are no weights of it; nor are
-        # the tables (masks, frequencies) that today's model makes for itself and saves no longer
+        # an imported BERT still holds its position_ids: whole numbers that the model lacks are no weights of it, nor
+        # are the tables (masks, frequencies) that today's model makes for itself and saves no longer
         made = {canonical_name(name) for name, _ in self._training.model.named_buffers(remove_duplicate=False)}
         known = set(self._weights) | set(self._tied) | made
         if extra := next((name for name, ref in weights.items() if name not in known and _is_float(ref)), None):
@@ -110,7 +110,7 @@ class IntoTraining:
 
 
 def _is_float(ref: TensorRef) -> bool:
-    return ref.dtype not in TORCH or TORCH[ref.dtype].is_floating_point
+    return ref.dtype not in TORCH or TORCH[ref.dtype].is_floating_point or TORCH[ref.dtype].is_complex
 
 
 class IntoTensors:

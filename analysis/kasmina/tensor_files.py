@@ -22,9 +22,12 @@ DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
     torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0", torch.float4_e2m1fn_x2: "F4", torch.complex64: "C64",
 }  # fmt: skip
-TORCH = {name: dtype for dtype, name in DTYPES.items()}
+"""What safetensors can hold."""
+TORCH = {**{name: dtype for dtype, name in DTYPES.items()}, "C128": torch.complex128}
+"""What can be loaded."""
 
 
 class Content(Protocol):
@@ -67,7 +70,8 @@ class TensorFile:
     def _pieces(self) -> Iterator[memoryview]:
         yield memoryview(self._header())
         for name in self._order():
-            flat = self.tensors[name].detach().contiguous().reshape(-1)
+            # of a conjugate or negated view, the bytes are those of the tensor that it is a view of
+            flat = self.tensors[name].detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
             step = CHUNK // flat.element_size()
             for at in range(0, flat.numel(), step):
                 yield flat[at : at + step].cpu().view(torch.uint8).numpy().data
@@ -87,11 +91,10 @@ class TensorFile:
                     "before publishing"
                 )
             end = position + _nbytes(tensor)
-            header[name] = {
-                "dtype": DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
+            shape = list(tensor.shape)
+            if tensor.dtype == torch.float4_e2m1fn_x2:  # torch counts bytes, the format numbers
+                shape[-1] *= 2
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}
             position = end
         return framed(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
 
@@ -133,7 +136,12 @@ def weight_files(tensors: Mapping[str, Tensor], tied: Mapping[str, str], shard_b
 
 
 def read_tensor(raw: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A CPU tensor over `raw`, without a copy."""
+    """A CPU tensor over `raw`, without a copy. Malformed for a dtype that torch lacks."""
+    if dtype not in TORCH:
+        raise Malformed(
+            f"a tensor of shape {list(shape)} has dtype {dtype}, which torch lacks, so that it cannot be loaded; "
+            "convert it, or keep it in a file of its own"
+        )
     if not raw:
         return torch.empty(shape, dtype=TORCH[dtype])
     return torch.frombuffer(raw, dtype=TORCH[dtype]).reshape(shape)

@@ -7,21 +7,20 @@ can be applied without anything else at hand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from leyline import tensors
-from leyline.bits import WINDOW, Bits, Packed, PackedBits, window
+from leyline.bits import WINDOW, Bits, BitSource, Packed, Part, Rectangle, pieces, window
 from leyline.model import Malformed, Value, canonical_json
+from leyline.store import CHUNK
 from leyline.topology import Group, Kind, Member, Parameter
-
-_LOOKED_UP = 1 << 18
-"""Bits whose places are computed at once, a multiple of 8: each takes some dozens of bytes meanwhile."""
 
 
 class _Header(Value):
@@ -40,7 +39,7 @@ class Dead:
 
     shape: tuple[int, ...]
     parts: tuple[tuple[tuple[int, ...], Bits], ...]
-    single: PackedBits | None = None
+    single: BitSource | None = None
     """Active bits of single weights, flat and packed; those not set are pruned too."""
 
     def zero(self, flat: NDArray[Any], offset: int) -> None:
@@ -79,22 +78,8 @@ class Dead:
             whole = bits if view == self.shape else np.broadcast_to(bits, view).reshape(self.shape)
             cut = whole[tuple(part if side > 1 else slice(None) for part, side in zip(place, whole.shape, strict=True))]
             parts.append((turned, cut.transpose(order)))
-        single = None if self.single is None else self._single_within(self.single, origin, turned, order)
+        single = None if self.single is None else Rectangle(self.single, self.shape, origin, turned, order)
         return Dead(turned, tuple(parts), single)
-
-    def _single_within(
-        self, single: PackedBits, origin: tuple[int, ...], turned: tuple[int, ...], order: tuple[int, ...]
-    ) -> PackedBits:
-        size = int(np.prod(turned, dtype=np.int64))
-        pieces = [np.zeros(0, dtype=np.uint8)]
-        for start in range(0, size, _LOOKED_UP):
-            places = np.unravel_index(np.arange(start, min(start + _LOOKED_UP, size)), turned)
-            flat = sum(
-                (along + origin[axis]) * int(np.prod(self.shape[axis + 1 :], dtype=np.int64))
-                for axis, along in zip(order, places, strict=True)
-            )
-            pieces.append(np.packbits(single[flat >> 3] >> (flat & 7) & 1, bitorder="little"))
-        return np.concatenate(pieces)
 
     def _fill_single(self, flat: NDArray[Any], offset: int, value: Any) -> None:
         if self.single is None:
@@ -177,11 +162,6 @@ class Masks:
     def _single(self) -> Packed:
         return Packed.of(self.weights)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that the bits of single weights take."""
-        return sum(bits.nbytes for bits in self._single.packed.values())
-
     def pruned(self, group: str) -> Bits | None:
         """Pruned units of a group, or None where it has none."""
         return ~self.units[group] if group in self.units else None
@@ -213,32 +193,31 @@ class Masks:
         for mine, theirs in ((Packed.of(self.units), Packed.of(other.units)), (self._single, other._single)):
             for name, active in mine.packed.items():
                 known = theirs.packed.get(name)
-                if known is None or bool((~active & known).any()):
+                if known is None or any((~a & b).any() for a, b in zip(pieces(active), pieces(known), strict=True)):
                     return True
         return False
 
     def to_bytes(self) -> bytes:
         """The side-car file; equal masks give equal bytes."""
-        header = _Header(
-            model_id=self.model_id,
-            groups=tuple(self.groups[id_] for id_ in sorted(self.units)),
-            parameters={name: self.parameters[name] for name in sorted({*self._parts, *self._single})},
-        )
-        arrays = {f"group/{id_}": np.packbits(bits, bitorder="little") for id_, bits in self.units.items()}
-        arrays |= {f"weight/{name}": bits for name, bits in self._single.packed.items()}
-        return tensors.pack(arrays, {"masks": canonical_json(header.model_dump(mode="json")).decode()})
+        return b"".join(MaskFile(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str) -> Masks:
         """Read a side-car; Malformed names it and what does not fit."""
-        arrays, metadata = tensors.unpack(data, name=name)
+        return cls.read(np.frombuffer(data, np.uint8), name=name)
+
+    @classmethod
+    def read(cls, file: BitSource, *, name: str) -> Masks:
+        """from_bytes of a file that is read again for the bits of single weights, when they are asked for."""
+        end = tensors.header_length(file[:8].tobytes(), len(file), name=name)
+        entries, metadata = tensors.parse_header(file[:end].tobytes(), len(file), name=name)
         if "masks" not in metadata:
             raise Malformed(f"{name} has no masks header; it is no mask file")
         header = _Header.parse(metadata["masks"].encode(), name=name)
         groups = {group.id: group for group in header.groups}
         units: dict[str, Bits] = {}
-        weights: dict[str, PackedBits] = {}
-        for key, packed in arrays.items():
+        weights: dict[str, BitSource] = {}
+        for key, entry in entries.items():
             family, _, owner = key.partition("/")
             if family == "group" and owner in groups:
                 size = groups[owner].units
@@ -246,9 +225,10 @@ class Masks:
                 size = header.parameters[owner].size
             else:
                 raise Malformed(f"{name}: tensor {key} belongs to nothing in its header")
-            if packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
-                raise Malformed(f"{name}: tensor {key} should hold {size} packed bits, it has shape {packed.shape}")
-            if size % 8 and packed[-1] >> size % 8:
+            if entry.dtype != "U8" or entry.shape != ((size + 7) // 8,):
+                raise Malformed(f"{name}: tensor {key} should hold {size} packed bits, it has shape {entry.shape}")
+            packed = Part(file, entry.start, entry.stop)
+            if size % 8 and packed[size // 8 :][0] >> size % 8:
                 raise Malformed(f"{name}: tensor {key} sets bits behind its {size}; it was not written by emrakul")
             if family == "group":
                 units[owner] = window(packed, 0, size)
@@ -263,6 +243,43 @@ class Masks:
     def summary(self) -> str:
         """For people: "3 channels, 1 head"."""
         return ", ".join(f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in self.counts().items()) or "nothing"
+
+
+class MaskFile:
+    """The side-car of these masks, `size` bytes in chunks of CHUNK; can be iterated again."""
+
+    def __init__(self, masks: Masks) -> None:
+        header = _Header(
+            model_id=masks.model_id,
+            groups=tuple(masks.groups[id_] for id_ in sorted(masks.units)),
+            parameters={name: masks.parameters[name] for name in sorted({*masks._parts, *masks._single})},
+        )
+        bits: dict[str, BitSource] = {
+            f"group/{id_}": np.packbits(bits, bitorder="little") for id_, bits in masks.units.items()
+        }
+        bits |= {f"weight/{name}": packed for name, packed in masks._single.packed.items()}
+        text = canonical_json(header.model_dump(mode="json")).decode()
+        first = tensors.header_of(
+            {name: (np.dtype(np.uint8), (len(packed),)) for name, packed in bits.items()}, {"masks": text}
+        )
+        self._parts = [np.frombuffer(first, np.uint8), *(bits[name] for name in sorted(bits))]
+        self.size = sum(map(len, self._parts))
+        self.sha256 = ""
+        """Of the chunks, once all were given."""
+
+    def __iter__(self) -> Iterator[bytearray]:
+        digest, chunk = sha256(), bytearray()
+        for piece in (piece for part in self._parts for piece in pieces(part)):
+            for data in (piece[: CHUNK - len(chunk)], piece[CHUNK - len(chunk) :]):
+                chunk += data.data
+                if len(chunk) == CHUNK:
+                    digest.update(chunk)
+                    yield chunk
+                    chunk = bytearray()
+        digest.update(chunk)
+        self.sha256 = digest.hexdigest()
+        if chunk:
+            yield chunk
 
 
 def _both(a: Mapping[str, Bits], b: Mapping[str, Bits]) -> dict[str, Bits]:

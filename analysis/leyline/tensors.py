@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,14 @@ MAX_HEADER = 16 * 1024 * 1024
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
 }  # fmt: skip
+"""Bytes of an element, for dtypes whose elements are bytes of their own, and whose zero is the zero byte."""
+BITS = {
+    **{name: 8 * size for name, size in ITEMSIZE.items()},
+    "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits of an element, for every dtype that safetensors 0.8 knows. Less than 8: packed along the last axis."""
 _SIDES = 64
 """Axes of a tensor; torch allows as many."""
 _NUMPY = {
@@ -77,6 +84,8 @@ def parse_header(header: bytes, size: int, *, name: str) -> tuple[dict[str, Entr
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Malformed(f"{name}: __metadata__ must map text to text")
+    if not is_unicode(*document, *metadata, *metadata.values()):
+        raise Malformed(f"{name}: the header holds text that is no Unicode (half a surrogate pair); rename the tensors")
     entries = {key: _entry(key, value, end, name) for key, value in document.items()}
     position = end
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -102,18 +111,25 @@ def _entry(key: str, value: Any, base: int, name: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise Malformed(f"{name}: tensor {key} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in ITEMSIZE:
-        raise Malformed(f"{name}: tensor {key} has dtype {dtype!r}; known are {', '.join(ITEMSIZE)}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        said = f"shape {shape!r:.200} and offsets {offsets!r:.200}"
-        raise Malformed(f"{name}: tensor {key} has {said}; they must be naturals, of at most {_SIDES} axes")
-    count = 1
-    for side in shape:
-        count *= side
-    if count * ITEMSIZE[dtype] != offsets[1] - offsets[0]:
+    if not isinstance(dtype, str) or dtype not in BITS:
+        said = f"dtype {dtype[:40]!r}" if isinstance(dtype, str) else "a dtype that is no text"
         raise Malformed(
-            f"{name}: tensor {key} of shape {shape} and {dtype} needs {count * ITEMSIZE[dtype]} bytes, "
-            f"its offsets span {offsets[1] - offsets[0]}"
+            f"{name}: tensor {key} has {said}; known are {', '.join(BITS)}. Convert it, or keep it in a file of its own"
+        )
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        said = f"shape {_shown(shape)} and offsets {_shown(offsets)}"
+        raise Malformed(f"{name}: tensor {key} has {said}; they must be naturals, of at most {_SIDES} axes")
+    row = BITS[dtype] * (shape[-1] if shape else 1)
+    if row % 8:
+        raise Malformed(
+            f"{name}: tensor {key} of shape {shape} and {dtype} has rows of {row} bits, which fill no bytes; pad its "
+            "last axis"
+        )
+    nbytes = prod(shape[:-1]) * (row // 8)
+    if nbytes != offsets[1] - offsets[0]:
+        raise Malformed(
+            f"{name}: tensor {key} of shape {shape} and {dtype} needs {nbytes} bytes, its offsets span "
+            f"{offsets[1] - offsets[0]}"
         )
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
@@ -126,6 +142,21 @@ def _naturals(value: Any) -> bool:
     )
 
 
+def _shown(value: Any) -> str:
+    """What is no list of numbers may be too deep to be printed."""
+    flat = isinstance(value, list) and all(isinstance(item, int | str) for item in value[:_SIDES])
+    return f"{value[:_SIDES]!r:.200}" if flat else f"of {type(value).__name__}"
+
+
+def is_unicode(*texts: str) -> bool:
+    """Whether nothing of these is half a surrogate pair: JSON may say such, and no digest, name or message takes it."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -134,20 +165,25 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def pack(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """A whole file in memory; for small ones (masks, responses). Tensors in name order, so equal in, equal out."""
+    """A whole file in memory; for small ones (responses). Tensors in name order, so equal in, equal out."""
+    found = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
+    blobs = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in found.values()]
+    return b"".join([header_of({name: (array.dtype, array.shape) for name, array in found.items()}, metadata), *blobs])
+
+
+def header_of(arrays: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The whole header of a file whose data are these (dtype, shape), in name order and without gaps."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position, blobs = 0, []
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name])
-        blob = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    position = 0
+    for name, (dtype, shape) in sorted(arrays.items()):
+        stop = position + dtype.itemsize * prod(shape)
         header[name] = {
-            "dtype": _NAME[array.dtype.newbyteorder("<")],
-            "shape": list(array.shape),
-            "data_offsets": [position, position + len(blob)],
+            "dtype": _NAME[dtype.newbyteorder("<")],
+            "shape": list(shape),
+            "data_offsets": [position, stop],
         }
-        position += len(blob)
-        blobs.append(blob)
-    return b"".join([framed(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()), *blobs])
+        position = stop
+    return framed(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 def framed(text: bytes) -> bytes:

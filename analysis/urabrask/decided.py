@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leyline.bits import Bits, Packed, PackedBits, clear_packed, first_set, ones
+from leyline.bits import WINDOW, Bits, BitSource, Packed, PackedBits, Slice, Slices, ones, pieces, window
 from leyline.ids import parameter_uuid
 from leyline.masks import Masks
-from leyline.messages import Decision
+from leyline.messages import Decision, WeightDecision
 from leyline.model import Malformed
 from leyline.tensors import unpack
 from leyline.topology import Topology
+
+_ANSWERS = 4
+"""Answers that are held unpacked."""
 
 
 def misfits(masks: Masks, topology: Topology) -> Iterator[str]:
@@ -44,10 +48,11 @@ def misfits(masks: Masks, topology: Topology) -> Iterator[str]:
 def expected(decision: Decision, inherited: Masks | None, topology: Topology, answers: Mapping[str, bytes]) -> Masks:
     """Inherited masks and the decision's, together. `answers`: the stored answers that the decision names, by folder.
 
-    Malformed where the decision names what the model does not have.
+    Bits of single weights are taken from there again whenever they are asked for. Malformed where the decision names
+    what the model does not have.
     """
     units: dict[str, Bits] = {}
-    weights: dict[str, PackedBits] = {}
+    weights: dict[str, list[Slice]] = {}
     for chosen in decision.groups:
         try:
             group = topology.group(chosen.group)
@@ -58,26 +63,29 @@ def expected(decision: Decision, inherited: Masks | None, topology: Topology, an
         if chosen.pruned:
             units[group.id] = np.ones(group.units, np.bool_)
             units[group.id][list(chosen.pruned)] = False
-    held: tuple[str, Mapping[str, NDArray[Any]]] = "", {}
+
+    @lru_cache(_ANSWERS)
+    def arrays(folder: str) -> Mapping[str, NDArray[Any]]:
+        return unpack(answers[folder], name=folder)[0]
+
+    def bits(weight: WeightDecision) -> PackedBits:
+        packed, size = arrays(weight.answer).get(f"{weight.slice.key}/mask"), weight.slice.stop - weight.slice.start
+        if packed is None or packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
+            raise Malformed(f"{weight.answer} holds no mask of {size} bits for {weight.slice.key}")
+        return packed
+
     for weight in decision.weights:
         slice_, parameter = weight.slice, topology.parameters.get(weight.slice.parameter)
         if parameter is None or not slice_.start <= slice_.stop <= parameter.size:
             raise Malformed(f"the decision prunes weights {slice_.key} up to {slice_.stop}, which the model lacks")
-        if held[0] != weight.answer:  # its slices stand one after the other: each answer is unpacked once
-            held = weight.answer, unpack(answers[weight.answer], name=weight.answer)[0]
-        packed = held[1].get(f"{slice_.key}/mask")
-        size = slice_.stop - slice_.start
-        if packed is None or packed.dtype != np.uint8 or packed.shape != ((size + 7) // 8,):
-            raise Malformed(f"{weight.answer} holds no mask of {size} bits for {slice_.key}")
-        if not np.array_equal(packed, ones(size)):
-            name = slice_.parameter
-            weights[name] = weights[name] if name in weights else ones(parameter.size)
-            clear_packed(weights[name], slice_.start, packed, size)
+        if not np.array_equal(bits(weight), ones(slice_.stop - slice_.start)):
+            weights.setdefault(slice_.parameter, []).append((slice_.start, slice_.stop, partial(bits, weight)))
+    sizes = {name: topology.parameters[name].size for name in weights}
     new = Masks(
         model_id=topology.model_id,
         groups={id_: topology.group(id_) for id_ in units},
         units=units,
-        weights=Packed(weights, {name: topology.parameters[name].size for name in weights}),
+        weights=Packed({name: Slices(sizes[name], slices) for name, slices in weights.items()}, sizes),
     )
     return new if inherited is None else inherited.union(new)
 
@@ -87,13 +95,20 @@ def differences(masks: Masks, wanted: Masks) -> Iterator[str]:
     for what, mine, theirs in (("group", masks.units, wanted.units), ("parameter", masks.weights, wanted.weights)):
         found, should = Packed.of(mine), Packed.of(theirs)
         for name, size in sorted({**found.sizes, **should.sizes}.items()):
-            here, there = (side.packed.get(name, ones(size)) for side in (found, should))
-            if (more := there & ~here).any():
-                yield f"the masks prune {_some(more)} of {what} {name}, which nobody decided"
-            if (fewer := here & ~there).any():
-                yield f"the masks leave {_some(fewer)} of {what} {name} active, which the decision or the base prunes"
+            here, there = (side.packed.get(name, Slices(size)) for side in (found, should))
+            if more := _only(there, here):
+                yield f"the masks prune {more} of {what} {name}, which nobody decided"
+            if fewer := _only(here, there):
+                yield f"the masks leave {fewer} of {what} {name} active, which the decision or the base prunes"
 
 
-def _some(bits: PackedBits) -> str:
-    count, shown = int(np.bitwise_count(bits).sum(dtype=np.int64)), first_set(bits, 4)
-    return f"{', '.join(map(str, shown))} and {count - 4} more" if count > 4 else ", ".join(map(str, shown))
+def _only(one: BitSource, other: BitSource) -> str:
+    """The bits that `one` has and `other` lacks: the first four, and how many more. Empty if there are none."""
+    count, shown = 0, list[int]()
+    for number, (mine, theirs) in enumerate(zip(pieces(one), pieces(other), strict=True)):
+        if (only := mine & ~theirs).any():
+            found = number * WINDOW + np.flatnonzero(window(only, 0, 8 * len(only)))
+            count += found.size
+            shown += found[:4].tolist()
+    listed = ", ".join(map(str, shown[:4]))
+    return f"{listed} and {count - 4} more" if count > 4 else listed

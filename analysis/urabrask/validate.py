@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from leyline import layout
 from leyline.answers import with_result
+from leyline.bits import StoredFile
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust
 from leyline.masks import Masks
@@ -40,6 +41,24 @@ class Declined(Exception):
         self.reason, self.name = reason, name
 
 
+@dataclass(frozen=True)
+class Answers(Mapping[str, bytes]):
+    """The analysis answers that a basic decision names, by folder, each read when it is asked for."""
+
+    store: ObjectStore
+    results: Mapping[str, str]
+    """Folder -> digest of the arrays."""
+
+    def __getitem__(self, folder: str) -> bytes:
+        return with_result(self.store, folder, self.results[folder])[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """Everything that is judged, read once and each digest checked."""
@@ -51,8 +70,7 @@ class Subject:
     inherited: Masks | None
     masks: Masks
     decision: Decision
-    answers: Mapping[str, bytes]
-    """The analysis answers that a basic decision names, by folder."""
+    answers: Answers
     trusted: bool
 
 
@@ -93,7 +111,6 @@ def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | No
     key = layout.decision(cycle)
     decision = Decision.parse(_known(store, key, candidate.decision), name=key)
     metadata = read_ready(store, request.checkpoint, trust)
-    used = {weight.answer: weight.result for weight in decision.weights}
     return Subject(
         request=request,
         candidate=candidate,
@@ -102,7 +119,7 @@ def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | No
         inherited=read_masks(store, request.inherited) if request.inherited else None,
         masks=read_masks(store, candidate.masks),
         decision=decision,
-        answers={folder: with_result(store, folder, result)[1] for folder, result in used.items()},
+        answers=Answers(store, {weight.answer: weight.result for weight in decision.weights}),
         trusted=trust is not None,
     )
 
@@ -125,8 +142,14 @@ def read_object(store: ObjectStore, metadata: CheckpointMetadata, path: str) -> 
 
 
 def read_masks(store: ObjectStore, ref: MaskRef) -> Masks:
-    """A mask side-car by its digest."""
-    return Masks.from_bytes(_known(store, ref.path, ref.digest), name=ref.path)
+    """A mask side-car by its digest; it is read again for the bits of single weights."""
+    try:
+        file = StoredFile(store, ref.path)
+    except NotFound as error:
+        raise Malformed(f"{error}, but the cycle names it; start a new cycle") from error
+    if file.sha256 != ref.digest:
+        raise Damaged(f"{ref.path} has SHA-256 {file.sha256[:12]}, expected was {ref.digest[:12]}; start a new cycle")
+    return Masks.read(file, name=ref.path)
 
 
 def validate(store: ObjectStore, subject: Subject, trust: Trust | None, measure: Measure) -> tuple[Verdict, Report]:

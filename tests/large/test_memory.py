@@ -41,7 +41,7 @@ from leyline.store import CHUNK, Data, ObjectStore
 from leyline.topology import Group, Kind, Member, Parameter, Topology
 from limits import memory_limit
 from servers import seaweedfs
-from whole import BY_MAGNITUDE, SINGLE_WEIGHTS, Limited, committed, cycle, gone, masks_of_cycle, publish
+from whole import BY_MAGNITUDE, SINGLE_WEIGHTS, Limited, committed, cycle, gone, manifest_of, masks_of_cycle, publish
 
 LIMIT = 256_000_000
 HELD = "analysis_memory_limit: 256MB\n"
@@ -229,19 +229,29 @@ def pruned_under_the_limit(run: Run, text: str) -> Snapshot:
     return ended
 
 
-def differs(run: Run, ended: Snapshot) -> dict[str, set[int]]:
-    """Of some rows of each tensor, those that are not the base's in the candidate; all of them must be zero."""
-    found: dict[str, set[int]] = {}
+def some_rows(rows: int) -> list[int]:
+    some = {*range(0, rows, 97), *range(40), *range(rows // 8, rows // 8 + 40), rows - 1}
+    return sorted(one for one in some if one < rows)
+
+
+def written(run: Run, ended: Snapshot) -> Iterator[tuple[str, int, bytes, bytes]]:
+    """(tensor, row, its bytes in the base, and in the candidate) for some rows of each tensor."""
     folder = layout.candidate(ended.cycle, committed(ended))
     for name, ref in read_index(run.store, run.prefix, run.metadata).items():
         rows, width = ref.shape[0], 4 * ref.shape[1]
-        some = {*range(0, rows, 97), *range(40), *range(rows // 8, rows // 8 + 40), rows - 1}
-        for row in sorted(one for one in some if one < rows):
+        for row in some_rows(rows):
             at = ref.boxes[0].offset + row * width
             old, new = (run.store.get_range(place + ref.object, at, at + width) for place in (run.prefix, folder))
-            if old != new:
-                assert not any(new), (name, row)
-                found.setdefault(name, set()).add(row)
+            yield name, row, old, new
+
+
+def differs(run: Run, ended: Snapshot) -> dict[str, set[int]]:
+    """Of some rows of each tensor, those that are not the base's in the candidate; all of them must be zero."""
+    found: dict[str, set[int]] = {}
+    for name, row, old, new in written(run, ended):
+        if old != new:
+            assert not any(new), (name, row)
+            found.setdefault(name, set()).add(row)
     return found
 
 
@@ -285,6 +295,22 @@ def four_gigabytes_in_256_mb_a_worker(store: ObjectStore, folder: Path, way: str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_single_weights_of_four_gigabytes_in_256_mb_a_worker(folder: Path) -> None:
+    """Their masks alone are 134 MB."""
+    run = published(LocalStore(folder / "run"), folder, model(16, 8192, 8192), "safetensors")
+    ended = pruned_under_the_limit(run, SINGLE_WEIGHTS)
+    assert manifest_of(run.store, ended).weights_zeroed == int(0.15 * 16 * 8192 * 8192)
+    least, kept = 0, 2**32
+    for name, row, old, new in written(run, ended):
+        was, is_ = np.frombuffer(old, "<u4"), np.frombuffer(new, "<u4")  # floats above zero are ordered as their bits
+        gone = is_ == 0
+        assert np.array_equal(was[~gone], is_[~gone]), (name, row)
+        least, kept = max(least, was[gone].max(initial=0)), min(kept, was[~gone].min(initial=2**32 - 1))
+    assert 0 < least <= kept < 2**32 - 1
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("text", [BY_MAGNITUDE, SINGLE_WEIGHTS], ids=["structured", "basic"])
 @pytest.mark.parametrize(
@@ -309,8 +335,8 @@ def a_tensor_of_600_mb(store: ObjectStore, folder: Path, way: str, shape: tuple[
     else:
         assert dead.sum() == int(0.34 * shape[0] * shape[1])
         assert dead[0].all() and not dead[-1].any(), "rows grow with their number"
-    written = layout.candidate(ended.cycle, committed(ended))
-    objects = {path: bytes(store.get(written + path)) for path in run.metadata.weights}
+    candidate = layout.candidate(ended.cycle, committed(ended))
+    objects = {path: bytes(store.get(candidate + path)) for path in run.metadata.weights}
     base = torch_weights(topology)
     found = stored.loaded(FORMATS[way][0], objects, base, folder / "loaded")
     assert torch.equal(found["layer00.weight"], base["layer00.weight"].masked_fill(torch.from_numpy(dead), 0.0))

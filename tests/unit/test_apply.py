@@ -244,6 +244,28 @@ def test_single_weights_are_masked_from_the_bits_in_the_answers(store: LocalStor
     assert Candidate.parse(written["MANIFEST.json"], name="manifest").weights_zeroed == 5
 
 
+def test_single_weights_are_inherited_and_joined(store: LocalStore) -> None:
+    run = builders.make_run(store)
+
+    def masks(gone: Mapping[str, Iterable[int]]) -> Masks:
+        parameters = {name: run.topology.parameters[name] for name in gone}
+        weights = {name: ~np.isin(np.arange(one.size), list(gone[name])) for name, one in parameters.items()}
+        return Masks(run.topology.model_id, parameters=parameters, weights=weights)
+
+    before = masks({"fc.weight": (3, 9), "fc.bias": (0,)})
+    inherited = builders.write_masks(store, "cycles/c0-0/on-0/candidate/masks.safetensors", before)
+    decided = basic(store, run.topology, {"fc.weight": (9, 127), "attn.q.weight": (255,)}, cut=13)
+    builders.decide(run, {}, weights=decided, inherited=inherited)
+    assert run_here(store) == exits.DONE
+    joined = masks({"fc.weight": (3, 9, 127), "fc.bias": (0,), "attn.q.weight": (255,)})
+    written = candidate_of(store)
+    assert written["masks.safetensors"] == joined.to_bytes()
+    manifest = Candidate.parse(written["MANIFEST.json"], name="manifest")
+    assert (manifest.masks.counts, manifest.masks.digest) == ({"weight": 5}, sha256_hex(joined.to_bytes()))
+    weights = split(written["model.safetensors"])
+    assert all(weights[name] == expected_raw(one, joined.dead(name)) for name, one in run.weights.items())
+
+
 def test_tied_names_that_are_stored_as_copies_are_masked_alike(store: LocalStore) -> None:
     weights = builders.toy_weights(builders.toy_topology())
     weights["module.lm.weight"] = weights["embed.weight"]

@@ -59,7 +59,7 @@ def test_the_weights_are_the_same(tmp_path: Path) -> None:
     ("what", "sentence"),
     [
         (lambda folder: Canary(folder / "canary"), "posix.mkdir"),
-        (lambda folder: {"a": torch.ones(2, dtype=torch.complex64)}, "C64, which safetensors cannot hold"),
+        (lambda folder: {"a": torch.ones(2, dtype=torch.complex128)}, "C128, which safetensors cannot hold"),
         (lambda folder: {"a": torch.ones(1).expand(10**12)}, "they are views of the same few values"),
         (lambda folder: dict.fromkeys(map(str, range(100)), torch.ones(10**5)), "views of the same few values"),
     ],

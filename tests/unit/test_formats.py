@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
+from safetensors import safe_open
+from torch import nn
 
 import builders
+import stored
+from kasmina import TrainingRun, load_tip, trace_topology
+from kasmina.foreign import adopt
 from kasmina.formats import bind, elements, read_index, read_slots, recognise, stream, zero_is_zero_byte
+from kasmina.formats.torch_zip import DTYPES
+from kasmina.rewrite import copy_masked, zeroes_of
+from kasmina.tensor_files import TORCH, TensorFile, read_tensor
 from leyline.digest import ObjectDigest, digest_bytes, verified_range
 from leyline.local import LocalStore
 from leyline.messages import StoredObject
 from leyline.model import Malformed
 from leyline.store import CHUNK, Changed, Damaged
-from leyline.tensors import ITEMSIZE
+from leyline.tensors import BITS, ITEMSIZE
 
 
 @pytest.fixture
@@ -147,7 +157,7 @@ def with_header(data: bytes, header: object, *, length: int | None = None) -> by
     [
         ({"shape": [17]}, "needs 68 bytes, its offsets span 64"),
         ({"dtype": "F128"}, "dtype 'F128'; known are"),
-        ({"dtype": "F8_E8M0"}, "dtype 'F8_E8M0'; known are"),
+        ({"dtype": "F8_E8M0"}, "needs 16 bytes, its offsets span 64"),
         ({"data_offsets": [0, 64]}, "overlaps the one before|leaves a hole"),
         ({"data_offsets": [2**61, 2**61 + 64]}, "leaves a hole before it|speaks of"),
         ({"shape": [-16]}, "must be naturals"),
@@ -179,7 +189,13 @@ def index_document(run: builders.Run) -> dict[str, dict[str, str]]:
     [
         ("ghost", "model-00001-of-00002.safetensors", "puts ghost into .*, which does not hold it"),
         ("fc.bias", "model-00001-of-00002.safetensors", "puts fc.bias into .*, which does not hold it"),
-        ("fc.bias", "../secret.safetensors", "which READY.json does not list"),
+        (
+            "fc.bias",
+            "../secret.safetensors",
+            "names '../secret.safetensors', which does not stand beside it; name each shard",
+        ),
+        ("fc.bias", "", "names '', which does not stand beside it; name each shard"),
+        ("fc.bias", "model-00003-of-00002.safetensors", "is no shard of this checkpoint; save all of it again"),
         ("fc.bias", None, "holds tensor fc.bias, which model.safetensors.index.json does not list"),
     ],
 )
@@ -190,7 +206,7 @@ def test_an_index_that_contradicts_its_shards_is_refused(
     document = index_document(run)
     assert document["weight_map"]["fc.bias"] == "model-00002-of-00002.safetensors"
     document["weight_map"].pop(name, None)
-    if shard:
+    if shard is not None:
         document["weight_map"][name] = shard
     with pytest.raises(Malformed, match=sentence):
         index_of(damaged(run, "model.safetensors.index.json", json.dumps(document).encode()))
@@ -234,6 +250,114 @@ def test_elements_are_exact_in_every_float_dtype() -> None:
 def test_only_known_dtypes_have_a_zero_of_zero_bytes() -> None:
     assert all(zero_is_zero_byte(dtype) for dtype in ITEMSIZE)
     assert not zero_is_zero_byte("F8_E8M0")
+
+
+def every_dtype() -> dict[str, builders.Tensor]:
+    """Four rows of eight in each dtype that safetensors knows, of bytes that all differ."""
+    return {dtype: builders.Tensor(dtype, (4, 8), bytes(range(4 * bits))) for dtype, bits in BITS.items()}
+
+
+def test_every_dtype_that_safetensors_knows_is_read_and_no_other() -> None:
+    known = safetensors.deserialize(builders.safetensors(every_dtype()))
+    assert {name: (one["dtype"], bytes(one["data"])) for name, one in known} == {
+        name: (name, one.raw) for name, one in every_dtype().items()
+    }
+    with pytest.raises(safetensors.SafetensorError, match="expected one of") as refused:
+        safetensors.deserialize(builders.safetensors({"a": builders.Tensor("F128", (1,), bytes(16))}))
+    assert set(re.findall(r"`(\w+)`", str(refused.value))) == {"F128", *BITS}
+
+
+def test_what_no_mask_can_touch_passes_through_untouched(store: LocalStore) -> None:
+    """Scales of MX models, complex tables, packed numbers: beside weights that are masked."""
+    topology = builders.toy_topology()
+    weights = {**every_dtype(), **builders.toy_weights(topology)}
+    run = builders.make_run(store, topology=topology, weights=weights)
+    index = read_index(store, run.prefix, run.metadata)
+    bind(index, topology)
+    masks = builders.masks_of(topology, {"conv1": (1, 6)})
+    source = run.metadata.object("model.safetensors")
+    zeroes = zeroes_of(index, masks, slots=False)
+    copy_masked(store, source=run.prefix, target="copy/", stored=source, zeroes=zeroes, ahead=1)
+    written = dict(safetensors.deserialize(store.get("copy/model.safetensors")))
+    assert written["conv1.weight"]["data"] != weights["conv1.weight"].raw
+    for name, one in every_dtype().items():
+        assert (written[name]["dtype"], bytes(written[name]["data"])) == (name, one.raw)
+        assert index[name].nbytes == len(one.raw)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4"])
+def test_a_parameter_that_no_mask_can_zero_is_refused_by_name(store: LocalStore, dtype: str) -> None:
+    weights = builders.toy_weights(builders.toy_topology())
+    weights["fc.bias"] = builders.Tensor(dtype, (16 * 8 // BITS[dtype],), bytes(16))
+    run = builders.make_run(store, weights=weights)
+    with pytest.raises(
+        Malformed, match=rf"fc\.bias has dtype {dtype}, whose zero is not the zero byte or whose elements"
+    ):
+        bind(read_index(store, run.prefix, run.metadata), run.topology)
+
+
+class Scaled(nn.Module):
+    """Weights, and buffers of dtypes that pass through; `more`: of these as well."""
+
+    BUFFERS = ("complex64", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+    def __init__(self, *more: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        for name in (*self.BUFFERS, *more):
+            self.register_buffer(name, torch.zeros(64, dtype=torch.uint8).view(getattr(torch, name)).reshape(2, -1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def filled(model: Scaled) -> dict[str, torch.Tensor]:
+    """Its state with other bytes in the buffers."""
+    return {
+        name: one if name.startswith("fc.")
+        else torch.arange(100, 164, dtype=torch.uint8).view(one.dtype).reshape(one.shape)
+        for name, one in model.state_dict().items()
+    }  # fmt: skip
+
+
+def raw(tensor: torch.Tensor) -> list[int]:
+    return tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize(("file", "more"), [("m.pt", "complex128"), ("model.safetensors", "float4_e2m1fn_x2")])
+def test_buffers_of_every_dtype_are_imported_and_loaded(
+    store: LocalStore, tmp_path: Path, file: str, more: str
+) -> None:
+    model = Scaled(more)
+    state = filled(model)
+    path = tmp_path / "from" / file
+    path.parent.mkdir()
+    path.write_bytes(stored.saved(state) if file == "m.pt" else b"".join(TensorFile(state)))
+    adopt(store, str(path))
+    topology = trace_topology(model, torch.ones(1, 4), model_id="run")
+    TrainingRun.start(store, model=model, model_id="run", topology=topology).close()
+    wanted = {name: raw(one) for name, one in state.items()}
+    assert {name: raw(one) for name, one in model.state_dict().items()} == wanted
+    assert {name: raw(one) for name, one in load_tip(store).items()} == wanted
+
+
+def test_what_is_published_is_what_safetensors_would_write(tmp_path: Path) -> None:
+    state = filled(Scaled("float4_e2m1fn_x2"))
+    state["view"] = state["complex64"].conj()
+    state["negated"] = state["view"].imag
+    (tmp_path / "x").write_bytes(b"".join(TensorFile(state)))
+    with safe_open(tmp_path / "x", "pt") as file:
+        for name, one in state.items():
+            found = file.get_tensor(name)
+            assert (found.dtype, found.shape) == (one.dtype, one.shape)
+            assert raw(found) == raw(one.resolve_conj().resolve_neg().contiguous())
+
+
+def test_torch_has_a_dtype_for_whatever_a_format_names_or_the_load_says_so() -> None:
+    assert {word for word, _ in DTYPES.values()} <= set(TORCH)
+    assert set(BITS) - set(TORCH) == {"F6_E2M3", "F6_E3M2"}
+    with pytest.raises(Malformed, match=r"a tensor of shape \[3\] has dtype F6_E2M3, which torch lacks.*; convert it"):
+        read_tensor(bytearray(3), "F6_E2M3", (3,))
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])

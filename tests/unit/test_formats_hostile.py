@@ -81,6 +81,11 @@ def entry(begin: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+def deep(text: str) -> bytes:
+    """A list in lists, as deep as Python's own reader of JSON goes along with."""
+    return (text % ("[" * 900 + "]" * 900)).encode()
+
+
 SAFETENSORS: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "header longer than the file": (lambda: header({}, length=999), "it is truncated"),
     "header of 2**63 bytes": (lambda: header({}, length=2**63), "is refused"),
@@ -97,12 +102,35 @@ SAFETENSORS: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "negative side": (lambda: header({"a": entry(0, 4, [-1, -1])}, bytes(4)), "naturals"),
     "side is text": (lambda: header({"a": entry(0, 4, ["1"])}, bytes(4)), "naturals"),
     "unknown dtype": (lambda: header({"a": entry(0, 4, [1], "F128")}, bytes(4)), "known are"),
+    "a dtype that is a list": (lambda: header(deep('{"a":{"dtype":%s,"shape":[1],"data_offsets":[0,4]}}')), "no text"),
+    "a side that is a list": (
+        lambda: header(deep('{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}')),
+        "of list",
+    ),
+    "F4 in half bytes": (lambda: header({"a": entry(0, 3, [2, 3], "F4")}, bytes(3)), "rows of 12 bits"),
+    "one F4": (lambda: header({"a": entry(0, 1, [], "F4")}, bytes(1)), "rows of 4 bits"),
+    "half a surrogate pair": (lambda: header({"a\ud800": entry(0, 4, [1])}, bytes(4)), "no Unicode"),
+    "half of one in the metadata": (lambda: header({"__metadata__": {"a": "\udc80"}}), "no Unicode"),
     "empty file": (lambda: {"model.safetensors": b""}, "at least 8"),
     "index leads out": (
         lambda: {
             "model.safetensors.index.json": json.dumps({"weight_map": {"a": "../../etc/passwd"}}).encode(),
         },
-        "does not stand beside it",
+        "'../../etc/passwd', which does not stand beside it; name each shard",
+    ),
+    "index to nowhere": (
+        lambda: {"model.safetensors.index.json": json.dumps({"weight_map": {"a": ""}}).encode()},
+        "names '', which does not stand beside it; name each shard",
+    ),
+    "index to itself": (
+        lambda: {
+            "model.safetensors.index.json": json.dumps({"weight_map": {"a": "model.safetensors.index.json"}}).encode()
+        },
+        "which is no shard of this checkpoint",
+    ),
+    "index of half a surrogate pair": (
+        lambda: {"model.safetensors.index.json": json.dumps({"weight_map": {"a\ud800": "x"}}).encode()},
+        "no Unicode",
     ),
     "index without a map": (lambda: {"model.safetensors.index.json": b"{}"}, "no weight_map"),
 }
@@ -250,6 +278,20 @@ LAUGHS = (
     + b"".join(b"]q" + bytes([n]) + b"(" + (b"h" + bytes([n - 1])) * 10 + b"e" for n in range(1, 60))
     + b"."
 )
+DEEP = b")" + b"\x85" * 400_000
+"""A tuple in tuples. Its hash is a recursion that ends the process."""
+DEEP_LIST = b"]" * 300_000 + b"a" * 299_999
+
+
+def copies(of_them: bytes, count: int) -> bytes:
+    """An OrderedDict of 100,000 items or more, and again one of them, and again: 6 bytes each."""
+    return b"\x80\x02ccollections\nOrderedDict\nq\0" + of_them + b"q\1]q\2(" + b"h\0h\1\x85R" * count + b"e."
+
+
+ITEMS = b"}(" + b"".join(b"J" + struct.pack("<i", number) + b"N" for number in range(200_000)) + b"u"
+PAIRS = b"](" + b"".join(b"J" + struct.pack("<i", number) + b"N\x86" for number in range(100_000)) + b"e"
+LONG_KEY = b"X\1\0\0\0aq\x000(" + b"h\0" * 300_000 + b"tq\1"
+LONG_TEXTS = b"X\x40\x42\x0f\0" + b"a" * 1_000_000 + b"q\x000(" + b"h\0" * 3_000 + b"tq\1"
 PICKLES: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "os.system": (lambda: pt(zipped(pickle.dumps(Canary(CANARY), protocol=2))), "'posix.system'.*nothing was executed"),
     "os.system, protocol 5": (lambda: pt(zipped(pickle.dumps(Canary(CANARY), protocol=5))), "posix.system"),
@@ -263,8 +305,21 @@ PICKLES: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "text of 2**63": (of(b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f."), "breaks off"),
     "billion laughs": (of(LAUGHS), "values|nested"),
     "inside itself": (of(b"\x80\x02}q\0X\1\0\0\0ah\0s."), "nested more than 64 deep"),
-    "a million nested tuples": (of(b"\x80\x02)" + b"\x85" * 999_000 + b"."), "nested more than 64 deep"),
-    "a deep tuple as a key": (of(b"\x80\x02})" + b"\x85" * 999_000 + b"Ns."), "contradicts itself"),
+    "400,000 nested tuples": (of(b"\x80\x02" + DEEP + b"."), "nested more than 64 deep"),
+    "a deep tuple as a key": (of(b"\x80\x02}" + DEEP + b"Ns."), "contradicts itself"),
+    "a long tuple as many keys": (of(b"\x80\x02" + LONG_KEY + b"}h\1Ns" * 3000 + b"."), "contradicts itself"),
+    "long texts as a key": (of(b"\x80\x02" + LONG_TEXTS + b"}(h\1Nh\1Nu."), "contradicts itself"),
+    "copies of a large dict": (of(copies(ITEMS, 200)), "40,000,000 bytes of memory"),
+    "copies of many pairs": (of(copies(PAIRS, 200)), "40,000,000 bytes of memory"),
+    "dicts without a copy": (of(b"\x80\x02(" + b"}" * 999_000 + b"t."), "40,000,000 bytes of memory"),
+    "marks": (of(b"\x80\x02" + b"(" * 999_000 + b"."), "40,000,000 bytes of memory"),
+    "short texts": (of(b"\x80\x02(" + b"\x8c\2\xc4\x81" * 999_000 + b"t."), "40,000,000 bytes of memory"),
+    "a text whose characters take four bytes": (
+        of(b"\x80\x02X" + struct.pack("<I", 15_000_000) + b"a" * 14_999_996 + b"\xf0\x9f\x98\x80."),
+        "40,000,000 bytes of memory",
+    ),
+    "names": (of(b"\x80\x02(" + b"ctorch\nbool\n" * 400_000 + b"t."), "40,000,000 bytes of memory"),
+    "half a surrogate pair": (of(b"\x80\x02}X\4\0\0\0a\xed\xa0\x80Ns."), "text that is no Unicode"),
     "two million operations": (of(b"\x80\x02(" + b"N" * 2_000_000 + b"t."), "more than 1,000,000 operations"),
     "a million dicts": (of(b"\x80\x02(" + b"}\x94" * 1_000_000 + b"t."), "more than 1,000,000 operations"),
     "data.pkl of 17 MB": (of(b"\x80\x02}." + bytes(17_000_000)), "more than 16,777,216 is refused"),
@@ -350,9 +405,47 @@ def lost(document: Any) -> None:
     del document.storage_data[next(iter(document.storage_data))]
 
 
+def made(module: str, name: str, state: bytes) -> bytes:
+    """An instance of this class with this state."""
+    return f"c{module}\n{name}\n)\x81".encode("latin-1") + state + b"b"
+
+
+def dict_of(**items: bytes) -> bytes:
+    named = (b"X" + struct.pack("<I", len(name)) + name.encode() + value for name, value in items.items())
+    return b"}(" + b"".join(named) + b"u"
+
+
+def written_metadata(described: bytes = b"}", places: bytes = b"}", planned: bytes = b"N") -> dict[str, bytes]:
+    """`.metadata` byte by byte: no pickler writes what is in some of these."""
+    state = dict_of(state_dict_metadata=described, storage_data=places, planner_data=planned)
+    return {".metadata": b"\x80\x02" + made(METADATA, "Metadata", state) + b".", "__0_0.distcp": b"x"}
+
+
+def place(fqn: bytes, where: bytes = b"X\x0c\0\0\0__0_0.distcp") -> bytes:
+    info = dict_of(relative_path=where, offset=b"K\0", length=b"K\1")
+    index = made(METADATA, "MetadataIndex", dict_of(fqn=fqn, offset=b")"))
+    return b"}(" + index + made("torch.distributed.checkpoint.filesystem", "_StorageInfo", info) + b"u"
+
+
+def tensor_w(dtype: bytes = b"ctorch\nfloat32\n", chunks: bytes = b"]") -> bytes:
+    """One tensor w without axes, as `state_dict_metadata` describes it."""
+    properties = made(METADATA, "TensorProperties", b"(" + dtype + b"t")
+    return dict_of(w=made(METADATA, "TensorStorageMetadata", dict_of(properties=properties, size=b")", chunks=chunks)))
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+CHUNK = made(METADATA, "ChunkStorageMetadata", dict_of(offsets=b"N", sizes=b"N"))
+W = b"X\1\0\0\0w"
+
+
 class Attribute:
     def __reduce__(self) -> Any:
         return getattr, ("text", "join")
+
+
+def planned(keys: bytes) -> Callable[[], dict[str, bytes]]:
+    """A tensor in one piece, and the keys that should lead to it."""
+    return lambda: written_metadata(tensor_w(chunks=b"]" + CHUNK + b"a"), place(W), dict_of(w=keys))
 
 
 DCP: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
@@ -372,6 +465,22 @@ DCP: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "a piece without a place": (distributed(lost), "no place for the piece"),
     "another tensor's place": (distributed(exchanged), "says F32|something else"),
     "compressed pieces": (distributed(every_place(transform_descriptors=["zstd"])), "stored transformed"),
+    "a place of a list": (lambda: written_metadata(b"}", place(b"]")), "a place of something without a name"),
+    "a place of a deep tuple": (lambda: written_metadata(b"}", place(DEEP)), "a place of something without a name"),
+    "a deep list as a dtype": (lambda: written_metadata(tensor_w(DEEP_LIST)), "w of dtype unknown"),
+    "another name as a dtype": (lambda: written_metadata(tensor_w(b"ctorch\nSize\n")), "w of dtype Size"),
+    "a deep key of a tensor": (planned(b"(" + DEEP + b"t"), "keys of 'w' that are none"),
+    "many keys of a tensor": (planned(LONG_TEXTS), "keys of 'w' that are none"),
+    "keys of half a surrogate pair": (planned(b"X\3\0\0\0\xed\xa0\x80\x85"), "text that is no Unicode"),
+    "a number as a tensor's name": (lambda: written_metadata(b"}K\1Ns"), "an entry without a name"),
+    "one piece many times": (
+        lambda: written_metadata(tensor_w(chunks=b"](" + CHUNK + b"q\0" + b"h\0" * 500_000 + b"e"), place(W)),
+        "more pieces of w than it has places",
+    ),
+    "a path of 8 MB": (
+        lambda: written_metadata(tensor_w(chunks=b"]" + CHUNK + b"a"), place(W, b"X\0\0\x7a\0" + b"a" * 0x7A0000)),
+        "a piece that lies nowhere",
+    ),
     ".metadata of 17 MB": (lambda: {".metadata": bytes(17_000_000)}, "is refused"),
     ".metadata that is none": (lambda: {".metadata": b"\x80\x02}."}, "no metadata of torch.distributed.checkpoint"),
 }  # fmt: skip
@@ -379,8 +488,12 @@ DCP: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
 # --- before 1.6
 
 
-def old(pickle_: bytes | None = None, *, cut: int = 0) -> dict[str, bytes]:
+def old(pickle_: bytes | None = None, *, keys: bytes = b"", cut: int = 0) -> dict[str, bytes]:
+    """`pickle_` instead of the weights', `keys` instead of the list of storages."""
     data = stored.saved({"a": torch.arange(100.0)}, _use_new_zipfile_serialization=False)
+    if keys:
+        at = data.rindex(b"\x80\x02]q\0")
+        data = data[:at] + b"\x80\x02](" + keys + b"e." + data[data.index(b".", at) + 1 :]
     if pickle_ is not None:
         at = data.index(b"\x80\x02}q\x00X\x01\x00\x00\x00a")
         data = data[:at] + pickle_ + data[data.index(b".", at) + 1 :]
@@ -391,6 +504,9 @@ LEGACY: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "os.system first": (lambda: pt(pickle.dumps(Canary(CANARY), protocol=2)), "posix.system"),
     "os.system as the weights": (lambda: old(pickle.dumps(Canary(CANARY), protocol=2)), "posix.system"),
     "another pickle": (lambda: pt(pickle.dumps([1, 2], protocol=2)), "torch.save did not write it"),
+    "a deep list as a storage's key": (lambda: old(keys=DEEP_LIST), "called by something that is no text"),
+    "a deep tuple as a storage's key": (lambda: old(keys=DEEP), "called by something that is no text"),
+    "a storage of no tensor": (lambda: old(keys=b"X\1\0\0\0x"), "storage 'x' belongs to no tensor"),
     "truncated storage": (lambda: old(cut=8), "truncated"),
     "truncated pickle": (lambda: old(cut=430), "breaks off"),
 }

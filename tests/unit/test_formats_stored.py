@@ -454,7 +454,7 @@ def _tensors(draw: st.DrawFn) -> torch.Tensor:
     return torch.nn.Parameter(one) if one.is_floating_point() and draw(st.booleans()) else one
 
 
-_KEYS = st.text(st.characters(exclude_characters="."), max_size=5)
+_KEYS = st.text(st.characters(exclude_characters=".", codec="utf-8"), max_size=5)
 _PLAIN = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.binary(min_size=1, max_size=9)
 )

@@ -34,6 +34,10 @@ ALLOWED = frozenset(
 _HEAD = 4096
 """Bytes at either end of a piece that usually hold all but its data."""
 _BATCH = 256
+_LONGEST_PATH = 1024
+"""Characters of an object's path, and of a key."""
+_LONGEST_KEYS = 64
+"""Keys that lead to one tensor."""
 
 
 class Piece(NamedTuple):
@@ -54,8 +58,14 @@ class _Tensor(NamedTuple):
 
 
 def objects_of(metadata: bytes, path: str) -> list[str]:
-    """The objects that `.metadata` at `path` names, as paths in the checkpoint's folder."""
-    return sorted({piece.object for one in _tensors(metadata, path).values() for piece in one.pieces})
+    """The objects that `.metadata` at `path` names, as paths in the checkpoint's folder.
+
+    Those without a weight too, such as a rank's that holds moments alone: the format's own loader asks for all.
+    """
+    _tensors(metadata, path)  # what cannot be read is refused before anything is looked for
+    document = _state(read_pickle(metadata, ALLOWED, name=path)[0], "Metadata", path)
+    infos = (_state(info, "_StorageInfo", path) for info in document["storage_data"].values())
+    return sorted({_object(info, path) for info in infos})
 
 
 def read_dcp(metadata: bytes, path: str, sources: Mapping[str, tuple[Bytes, str]]) -> dict[str, TensorRef]:
@@ -66,8 +76,8 @@ def read_dcp(metadata: bytes, path: str, sources: Mapping[str, tuple[Bytes, str]
         for piece in one.pieces:
             if piece.object not in sources:
                 raise Malformed(
-                    f"{path} puts {piece.tensor} into {piece.object!r}, which READY.json does not list; publish it "
-                    "again"
+                    f"{path} puts {piece.tensor} into {piece.object!r}, which is no object of this checkpoint; save "
+                    "all of it again"
                 )
             by_object.setdefault(piece.object, []).append(piece._replace(tensor=name))
     boxes: dict[str, list[Box]] = {name: [] for name in tensors}
@@ -115,21 +125,29 @@ def _tensors(data: bytes, path: str) -> dict[str, _Tensor]:
     places = {}
     for index, info in stored.items():
         key = _state(index, "MetadataIndex", path)
-        places[key.get("fqn"), _sides(key.get("offset"), path)] = _state(info, "_StorageInfo", path)
+        if not isinstance(name := key.get("fqn"), str):
+            raise _broken(path, "a place of something without a name")
+        places[name, _sides(key.get("offset"), path)] = _state(info, "_StorageInfo", path)
     found = {}
     for name, one in described.items():
         if not isinstance(name, str) or not isinstance(one, Call):
-            raise _broken(path, f"an entry {name!r}"[:80])
+            raise _broken(path, f"an entry {name[:40]!r}" if isinstance(name, str) else "an entry without a name")
         if one.function.name != "BytesStorageMetadata":
             found[name] = _tensor(name, _state(one, "TensorStorageMetadata", path), places, path)
     plan = document.get("planner_data")
     at = {name: plan.get(name, name) if isinstance(plan, dict) else name for name in found}
-    keys = {_key(where, name): one for (name, where), one in zip(at.items(), found.values(), strict=True)}
+    keys = {_key(where, name, path): one for (name, where), one in zip(at.items(), found.values(), strict=True)}
     return weights_of(keys, name=path)
 
 
-def _key(where: Any, name: str) -> tuple[str, ...]:
-    return tuple(map(str, where)) if isinstance(where, tuple) and where else (name,)
+def _key(where: Any, name: str, path: str) -> tuple[str, ...]:
+    """The keys that lead to a tensor, as the planner of the checkpoint wrote them down for its name."""
+    if not isinstance(where, tuple) or not where:
+        return (name,)
+    keys = [str(part) if isinstance(part, int) else part for part in where[: _LONGEST_KEYS + 1]]
+    if len(keys) > _LONGEST_KEYS or not all(isinstance(key, str) and len(key) <= _LONGEST_PATH for key in keys):
+        raise _broken(path, f"keys of {name[:40]!r} that are none")
+    return tuple(keys)
 
 
 def _tensor(name: str, state: dict[str, Any], places: Mapping[Any, dict[str, Any]], path: str) -> _Tensor:
@@ -138,8 +156,10 @@ def _tensor(name: str, state: dict[str, Any], places: Mapping[Any, dict[str, Any
         raise _broken(path, f"{name} without a dtype or pieces")
     dtype = properties.state[0] if properties.state else None
     if not isinstance(dtype, Global) or dtype.name not in DTYPES:
-        raise _broken(path, f"{name} of dtype {dtype}")
+        raise _broken(path, f"{name} of dtype {dtype.name if isinstance(dtype, Global) else 'unknown'}")
     shape = _sides(state.get("size"), path) or ()
+    if len(chunks) > len(places):  # one piece can be named as often as one likes
+        raise _broken(path, f"more pieces of {name} than it has places")
     pieces = []
     for chunk in chunks:
         rectangle = _state(chunk, "ChunkStorageMetadata", path)
@@ -147,14 +167,20 @@ def _tensor(name: str, state: dict[str, Any], places: Mapping[Any, dict[str, Any
         info = places.get((name, origin))
         if info is None:
             raise _broken(path, f"no place for the piece of {name} at {list(origin)}")
-        where, start, length = info.get("relative_path"), info.get("offset"), info.get("length")
-        if not isinstance(where, str) or type(start) is not int or type(length) is not int or min(start, length) < 0:
+        object_, start, length = _object(info, path), info.get("offset"), info.get("length")
+        if type(start) is not int or type(length) is not int or min(start, length) < 0:
             raise _broken(path, f"no place for the piece of {name} at {list(origin)}")
         if info.get("transform_descriptors"):
             raise Malformed(f"{path}: {name} is stored transformed (compressed); save it without extensions")
-        pieces.append(Piece(name, origin, sides, join(dirname(path), where), start, start + length))
+        pieces.append(Piece(name, origin, sides, object_, start, start + length))
     _must_tile(shape, pieces, path, name)
     return _Tensor(DTYPES[dtype.name][0], shape, pieces)
+
+
+def _object(info: Mapping[str, Any], path: str) -> str:
+    if not isinstance(where := info.get("relative_path"), str) or len(where) > _LONGEST_PATH:
+        raise _broken(path, "a piece that lies nowhere")
+    return join(dirname(path), where)
 
 
 def _must_tile(shape: tuple[int, ...], pieces: list[Piece], path: str, name: str) -> None:

@@ -21,8 +21,8 @@ from leyline.digest import verified_range
 from leyline.ids import canonical_name
 from leyline.messages import CheckpointMetadata, Format, StoredObject
 from leyline.model import Malformed
-from leyline.store import Changed, Head, NotFound, ObjectStore
-from leyline.tensors import ITEMSIZE, MAX_HEADER, Entry
+from leyline.store import Changed, Head, NotFound, ObjectStore, StoreError, checked_key
+from leyline.tensors import BITS, MAX_HEADER, Entry, is_unicode
 from leyline.topology import Topology
 
 INDEX = ".index.json"
@@ -133,8 +133,8 @@ def bind(index: Mapping[str, TensorRef], topology: Topology) -> dict[str, tuple[
                 )
             if not zero_is_zero_byte(ref.dtype):
                 raise Malformed(
-                    f"{ref.object}: {name} has dtype {ref.dtype}, whose zero is not the zero byte, so that nothing of "
-                    "it can be masked; save it in another dtype"
+                    f"{ref.object}: {name} has dtype {ref.dtype}, whose zero is not the zero byte or whose elements "
+                    "share bytes, so that nothing of it can be masked; save it in another dtype"
                 )
             if ref.shared:
                 raise Malformed(
@@ -174,12 +174,15 @@ def _by_canonical_name(headers: Mapping[str, Mapping[str, TensorRef]]) -> dict[s
 
 
 def _in_one_piece(entry: Entry, path: str, pin: str) -> TensorRef:
-    shape = entry.shape
+    """A packed tensor has the shape of its bytes, as torch has it: two F4 are one float4_e2m1fn_x2."""
+    bits, shape = BITS[entry.dtype], entry.shape
+    if bits < 8:
+        shape = (*shape[:-1], shape[-1] * bits // 8)
     box = Box(
         object=path,
         pin=pin,
         offset=entry.start,
-        itemsize=ITEMSIZE[entry.dtype],
+        itemsize=max(1, bits // 8),
         origin=(0,) * len(shape),
         shape=shape,
         strides=c_strides(shape),
@@ -196,6 +199,16 @@ def weight_map(data: bytes, path: str) -> dict[str, str]:
     weights: Any = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(shard, str) for shard in weights.values()):
         raise Malformed(f"{path} has no weight_map from tensor names to shards; publish it again")
+    if not is_unicode(*weights):
+        raise Malformed(f"{path} names a tensor in text that is no Unicode (half a surrogate pair); rename it")
+    for shard in set(weights.values()):
+        try:
+            checked_key(shard)
+        except StoreError as error:
+            raise Malformed(
+                f"{path} names {shard[:80]!r}, which does not stand beside it; name each shard as the file is called "
+                "there, such as model-00001-of-00002.safetensors"
+            ) from error
     return {name: join(dirname(path), shard) for name, shard in weights.items()}
 
 
@@ -206,7 +219,9 @@ def _check_index(weight_map: Mapping[str, str], headers: Mapping[str, Iterable[s
         raise Malformed(f"{path}: two shards hold tensor {twice[0]}; publish it again")
     for name, shard in weight_map.items():
         if shard not in headers:
-            raise Malformed(f"{path} puts {name} into {shard}, which READY.json does not list; publish it again")
+            raise Malformed(
+                f"{path} puts {name} into {shard}, which is no shard of this checkpoint; save all of it again"
+            )
         if held.get(name) != shard:
             raise Malformed(f"{path} puts {name} into {shard}, which does not hold it; publish it again")
     if extra := [name for name in held if name not in weight_map]:

@@ -41,8 +41,10 @@ def _storages(keys: Any, views: Iterable[View], at: int, size: int, name: str) -
     lengths = {view.storage: view.storage_bytes for view in views}
     records: dict[str, Record] = {}
     for key in keys if isinstance(keys, list) else ():
-        if not isinstance(key, str) or key in records or key not in lengths:
-            raise Malformed(f"{name}: storage {key!r} belongs to no tensor or comes twice")
+        if not isinstance(key, str):  # whatever else it is may be too deep to be printed
+            raise Malformed(f"{name}: a storage is called by something that is no text; save it again")
+        if key in records or key not in lengths:
+            raise Malformed(f"{name}: storage {key[:32]!r} belongs to no tensor or comes twice; save it again")
         # 8 bytes with its number of elements come first, which the pickle has told already
         records[key] = Record(at + 8, at + 8 + lengths[key], ())
         at = records[key].stop

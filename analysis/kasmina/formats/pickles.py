@@ -1,13 +1,17 @@
 """Pickles read as data: plain values come out, and whatever would be called comes out as a record of the call.
 
 Nothing is imported, looked up or executed, so there is nothing to escape from; names that no checkpoint of tensors
-needs are refused all the same. Operations, bytes and memo numbers are counted, so that a few bytes cannot cost much.
+needs are refused all the same. Operations, memory and memo numbers are counted, so that a few bytes cannot cost much.
+
+What comes out may be nested as deeply as the pickle is long: who reads it asks for the type of a value before it hashes
+or prints that, both of which are recursions.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection
+from sys import getsizeof
 from typing import Any, NamedTuple
 
 from leyline.model import Malformed
@@ -16,11 +20,17 @@ MAX_PICKLE = 16 * 1024 * 1024
 """Bytes of one pickle."""
 MAX_OPERATIONS = 1_000_000
 """About 32,000 tensors; they are read in half a second and 100 MB."""
+MAX_MEMORY = 40_000_000
+"""Bytes of all values together; 32,000 tensors take 33 MB."""
 
 MEMBER = "builtins.getattr"
 """How Python 3.11.0 to 3.11.3 pickle a member of an enum; taken of a name that is allowed itself, of nothing else."""
 
 _LONGEST_GLOBAL = 256
+_LONGEST_KEY = 16
+"""Parts of a key that is a tuple: its hash is computed anew each time, and its text is that of all parts."""
+_LONGEST_PART = 1024
+"""Characters of each."""
 
 
 class Global(NamedTuple):
@@ -68,6 +78,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: list[Any] = []
+        self.room = MAX_MEMORY
 
     def run(self) -> tuple[Any, int]:
         try:
@@ -91,6 +102,15 @@ class _Machine:
     def _refused(self, what: str) -> Malformed:
         return Malformed(f"{self.name}: the pickle has {what}; nothing was executed. {_REMEDY}")
 
+    def charge(self, count: int) -> None:
+        """Count `count` bytes that a value takes."""
+        self.room -= count
+        if self.room < 0:
+            raise Malformed(
+                f"{self.name}: the values of the pickle take more than {MAX_MEMORY:,} bytes of memory, which no "
+                f"checkpoint needs. {_REMEDY}"
+            )
+
     def take(self, count: int) -> bytes:
         taken = self.data[self.at : self.at + count]
         if len(taken) != count:
@@ -107,10 +127,18 @@ class _Machine:
         return value
 
     def push(self, value: Any) -> None:
+        """A value that was made just now; what exists already, as None does, costs nothing and is appended."""
+        self.charge(getsizeof(value))
         self.stack.append(value)
 
     def text(self, layout: str) -> None:
-        self.push(self.take(self.number(layout)).decode("utf-8", "surrogatepass"))
+        """Python writes half a surrogate pair too, but nothing else takes a name with one: no digest, no JSON."""
+        raw = self.take(self.number(layout))
+        self.charge(64 if raw.isascii() else 64 + 3 * len(raw))  # the decoded text may be wider than its bytes
+        try:
+            self.push(raw.decode())
+        except UnicodeDecodeError as error:
+            raise self._refused("text that is no Unicode") from error
 
     def bytes(self, layout: str) -> None:
         self.push(self.take(self.number(layout)))
@@ -123,6 +151,7 @@ class _Machine:
         self.push(int.from_bytes(self.take(self.number("<B")), "little", signed=True))
 
     def mark(self) -> None:
+        self.charge(_MARK)
         self.marked.append(self.stack)
         self.stack = []
 
@@ -150,7 +179,7 @@ class _Machine:
         self.memo[number : number + 1] = self.stack[-1:]
 
     def get(self, number: int) -> None:
-        self.push(self.memo[number])
+        self.stack.append(self.memo[number])
 
     def append(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
@@ -161,11 +190,15 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
             raise TypeError
+        before = getsizeof(target)
         for key, value in zip(items[::2], items[1::2], strict=True):
             _hashable(key)
             if key in target:
-                raise Malformed(f"{self.name}: the pickle has the key {key!r} twice in one dict; save it again")
+                raise Malformed(
+                    f"{self.name}: the pickle has the key {str(key)[:80]!r} twice in one dict; save it again"
+                )
             target[key] = value
+        self.charge(getsizeof(target) - before)
 
     def global_(self) -> None:
         lines = self.data[self.at : self.at + 2 * _LONGEST_GLOBAL].split(b"\n", 2)
@@ -184,6 +217,7 @@ class _Machine:
         found = Global(module, name)
         if str(found) not in self.allowed:
             raise self._refused(f"the name {str(found)[:_LONGEST_GLOBAL]!r}, which no checkpoint of tensors needs")
+        self.charge(_NAME)
         self.push(found)
 
     def call(self) -> None:
@@ -192,7 +226,7 @@ class _Machine:
             raise TypeError
         if str(function) == MEMBER and [type(one) for one in args] != [Global, str]:
             raise self._refused(f"the name {MEMBER!r} for something that is no member of an enum")
-        self.push(_mapping(args) if str(function) in _MAPPINGS else Call(function, args))
+        self.push(_mapping(args, self.charge) if str(function) in _MAPPINGS else Call(function, args))
 
     def build(self) -> None:
         state = self.stack.pop()
@@ -203,24 +237,37 @@ class _Machine:
 
 
 _MAPPINGS = frozenset({"collections.OrderedDict", "collections.Counter"})
+_PAIR = 100
+"""Bytes of an item of a dict, at most, while the dict grows."""
+_MARK = 128
+"""Bytes of a list that something is put into."""
+_NAME = 256
+"""Bytes of a Global with its two texts, at most: those that are allowed are short."""
 
 
-def _mapping(args: tuple[Any, ...]) -> dict[Any, Any]:
+def _mapping(args: tuple[Any, ...], charge: Callable[[int], None]) -> dict[Any, Any]:
+    """A dict of its own: to put something into it must not change the one that it was made from."""
     if not args:
         return {}
     (items,) = args if len(args) == 1 else (None,)
-    pairs = list(items.items()) if isinstance(items, dict) else items  # a list of pairs is Python 2's
-    if not isinstance(pairs, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+    if isinstance(items, dict):
+        charge(getsizeof(items))  # before it is copied: one dict can be named as often as one likes
+        return dict(items)
+    # a list of pairs is Python 2's
+    if not isinstance(items, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in items):
         raise TypeError
-    for key, _ in pairs:
+    charge(_PAIR * len(items))
+    for key, _ in items:
         _hashable(key)
-    return dict(pairs)
+    return dict(items)
 
 
 def _hashable(key: Any) -> None:
-    """Only keys whose hash is no recursion: that of a deep tuple would exhaust the stack."""
+    """Only keys whose hash is no recursion: that of a deep tuple would exhaust the stack. TypeError for others."""
     if isinstance(key, tuple) and not isinstance(key, Global):
-        if not all(isinstance(part, str | int) for part in key):
+        if len(key) > _LONGEST_KEY or not all(isinstance(part, str | int) for part in key):
+            raise TypeError
+        if any(isinstance(part, str) and len(part) > _LONGEST_PART for part in key):
             raise TypeError
     elif not isinstance(key, str | int | float | bytes | Global | Call | None):
         raise TypeError
@@ -233,11 +280,11 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     ord("("): _Machine.mark,
     ord("0"): _Machine.pop,
     ord("1"): _Machine.drop_mark,
-    ord("N"): lambda m: m.push(None),
-    0x88: lambda m: m.push(True),
-    0x89: lambda m: m.push(False),
+    ord("N"): lambda m: m.stack.append(None),
+    0x88: lambda m: m.stack.append(True),
+    0x89: lambda m: m.stack.append(False),
     ord("J"): lambda m: m.push(m.number("<i")),
-    ord("K"): lambda m: m.push(m.number("<B")),
+    ord("K"): lambda m: m.stack.append(m.number("<B")),
     ord("M"): lambda m: m.push(m.number("<H")),
     0x8A: _Machine.long,
     ord("G"): lambda m: m.push(m.number(">d")),
@@ -248,9 +295,9 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     ord("C"): lambda m: m.bytes("<B"),
     ord("T"): lambda m: m.latin("<I"),
     ord("U"): lambda m: m.latin("<B"),
-    ord(")"): lambda m: m.push(()),
+    ord(")"): lambda m: m.stack.append(()),
     ord("t"): lambda m: m.push(tuple(m.pop_mark())),
-    0x85: lambda m: m.tuple(1),
+    0x85: lambda m: m.push((m.stack.pop(),)),
     0x86: lambda m: m.tuple(2),
     0x87: lambda m: m.tuple(3),
     ord("]"): lambda m: m.push([]),

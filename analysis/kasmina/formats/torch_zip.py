@@ -45,6 +45,7 @@ DTYPES = {
     "float32": ("F32", 4), "float64": ("F64", 8), "float16": ("F16", 2), "bfloat16": ("BF16", 2),
     "float8_e4m3fn": ("F8_E4M3", 1), "float8_e5m2": ("F8_E5M2", 1), "float8_e8m0fnu": ("F8_E8M0", 1),
     "float8_e4m3fnuz": ("F8_E4M3FNUZ", 1), "float8_e5m2fnuz": ("F8_E5M2FNUZ", 1), "bool": ("BOOL", 1),
+    "float4_e2m1fn_x2": ("F4", 1),
     "uint8": ("U8", 1), "int8": ("I8", 1), "uint16": ("U16", 2), "int16": ("I16", 2), "uint32": ("U32", 4),
     "int32": ("I32", 4), "uint64": ("U64", 8), "int64": ("I64", 8), "complex64": ("C64", 8), "complex128": ("C128", 16),
 }  # fmt: skip
@@ -149,6 +150,11 @@ def weights_of(found: Mapping[Path, T], *, name: str) -> dict[str, T]:
 
     What an optimizer keeps (`state`, then the parameter, then the moment) is none, under whatever key it lies.
     """
+    if long := next((path for path in found if sum(map(len, path)) > _MAX_NAME), None):
+        raise Malformed(
+            f"{name}: a name that begins with {long[0][:40]!r} is longer than {_MAX_NAME:,} characters; rename that "
+            "tensor"
+        )
     found = {path: one for path, one in found.items() if not path or not _of_optimizer(path, name)}
     apps = {path[0] for path in found if path}
     if len(apps) == 1 and any(len(path) > 2 and path[1] in ROOTS for path in found):
@@ -171,7 +177,7 @@ def weights_of(found: Mapping[Path, T], *, name: str) -> dict[str, T]:
 
 def _of_optimizer(path: Path, name: str) -> bool:
     """Whether an optimizer keeps this tensor. Malformed where it lies as a moment does, and is none that is known."""
-    parts = path[-1].split(".") if len(path[-1]) <= _MAX_NAME else []
+    parts = path[-1].split(".")
     if any(map(_OPTIMIZER.fullmatch, path[:-1])) or (len(parts) > 1 and _OPTIMIZER.fullmatch(parts[0])):
         return True
     parts = [*path[:-1], *parts]
