@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 import builders
 from builders import MODEL_ID, Run, Tensor
@@ -113,10 +115,14 @@ def test_an_empty_and_a_zero_dimensional_tensor(tmp_path: Path, text: str) -> No
 
 
 @METHODS
-def test_half_a_surrogate_is_a_name_too_where_nothing_is_pruned(tmp_path: Path, text: str) -> None:
-    """JSON can write what UTF-8 cannot: the buffer is copied with everything else."""
+def test_half_a_surrogate_in_a_name_is_refused_as_its_own_loader_does(tmp_path: Path, text: str) -> None:
+    """JSON can write what UTF-8 cannot."""
     weights = builders.toy_weights(builders.toy_topology())
     weights["lone\ud800surrogate"] = weights["scale"]
+    with pytest.raises(SafetensorError, match="invalid JSON in header"):
+        load(builders.safetensors(weights))
     store = LocalStore(tmp_path)
-    run = publish(store, weights=weights)
-    assert check(store, run, cycle(store, Settings.from_yaml(text)))
+    publish(store, weights=weights)
+    ended = cycle(store, Settings.from_yaml(text)).end
+    assert ended is not None and ended.reason == "InvalidInput"
+    assert "model.safetensors: the header holds text that is no Unicode (half a surrogate pair)" in ended.message
