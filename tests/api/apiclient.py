@@ -6,6 +6,7 @@ import http.client
 import json
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ SECRETS = "api/v1/{}secrets"
 
 
 class Refused(Exception):
-    """An answer of 4xx or 5xx, but not "come again later", which is a ConnectionError."""
+    """An answer of 4xx or 5xx."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(f"{code} {message}")
@@ -47,7 +48,10 @@ class Api:
         self._threads = threading.local()
         self._connections: list[http.client.HTTPSConnection] = []
 
-    def ask(self, method: str, path: str, body: Body | None = None, *, content: str = "application/json") -> Any:
+    def ask(
+        self, method: str, path: str, body: Body | None = None, *, content: str = "application/json", again: int = 20
+    ) -> Any:
+        """The answer; where the server says to come again later, at most `again` times a second later."""
         connection = getattr(self._threads, "connection", None)
         if connection is None:
             connection = self._threads.connection = self._connect()
@@ -65,8 +69,9 @@ class Api:
         except OSError:
             connection.close()
             raise
-        if answer.status in (429, 503):  # "storage is (re)initializing": it has just been restarted
-            raise ConnectionError(f"{answer.status} {text[:200]!r}")
+        if answer.status in (429, 503) and again:  # "storage is (re)initializing": it has just been restarted
+            time.sleep(1)
+            return self.ask(method, path, body, content=content, again=again - 1)
         if answer.status >= 400:
             raise Refused(answer.status, json.loads(text or b"{}").get("message", ""))
         return json.loads(text)
