@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kasmina import ImportanceTracker, TrainingRun, trace_topology
+from kasmina.cost import error_of_median
 from leyline.open import open_store
 from wrapped import Wrapped
 
@@ -81,12 +82,6 @@ def tracker(size: Size) -> Iterator[Line]:
         group=GROUP, what=f"one step with the tracker ({said})", unit="ms", figure=figure,
         reference="the same step without it", against=against, target="at most 1 % more", reached=extra <= 1,
     )  # fmt: skip
-
-
-def error_of_median(values: list[float]) -> float:
-    """Standard error, from the median absolute deviation: 1.4826 * sqrt(pi / 2) = 1.858."""
-    middle = statistics.median(values)
-    return 1.858 * statistics.median(abs(value - middle) for value in values) / math.sqrt(len(values))
 
 
 def sync(size: Size, uri: str, folder: Path) -> Iterator[Line]:

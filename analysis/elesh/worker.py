@@ -80,7 +80,7 @@ class Analysis:
         if ref is None:
             return None
         if ref.digest not in self._masks:
-            file = StoredFile(self.store, ref.path)
+            file = StoredFile.read(self.store, ref.path)
             if file.sha256 != ref.digest:
                 raise Damaged(f"{ref.path} is not the mask file that the request names; restore it or roll back")
             masks = Masks.read(file, name=ref.path)

@@ -23,7 +23,7 @@ from kasmina.rewrite import Zeroes, copy_masked, zeroed_weights, zeroes_of
 from leyline import exits, layout, tensors
 from leyline.answers import with_result
 from leyline.bits import HELD, Bits, Packed, PackedBits, Slice, Slices, StoredFile, ones
-from leyline.candidate import Copied, copy_tasks
+from leyline.candidate import Copied, copy_tasks, get_named, named_by_the_cycle
 from leyline.claims import Task, share
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust, trust_from_environment
@@ -71,11 +71,11 @@ class Plan:
 def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None) -> Plan:
     """Read and check what update.json names. Malformed or Damaged in a sentence if anything does not fit."""
     key = layout.update(cycle, base)
-    update = CheckpointUpdate.parse(_get(store, key), name=key)
+    update = CheckpointUpdate.parse(get_named(store, key), name=key)
     if (update.cycle, update.base) != (cycle, base):
         raise Malformed(f"{key} speaks of cycle {update.cycle} on base {update.base}; it was copied there")
     key = layout.decision(cycle)
-    data = _get(store, key)
+    data = get_named(store, key)
     if (found := sha256_hex(data)) != update.decision:
         raise Damaged(f"{key} has SHA-256 {found[:12]}, update.json says {update.decision[:12]}; start a new cycle")
     decision = Decision.parse(data, name=key)
@@ -106,10 +106,8 @@ def read_plan(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None)
 
 def inherited_masks(store: ObjectStore, ref: MaskRef) -> Masks:
     """The masks of the base pair."""
-    try:
-        file = StoredFile(store, ref.path)
-    except NotFound as error:
-        raise Malformed(f"{error}, but the cycle names it; start a new cycle") from error
+    with named_by_the_cycle():
+        file = StoredFile.read(store, ref.path)
     if file.sha256 != ref.digest:
         raise Damaged(
             f"{ref.path} has SHA-256 {file.sha256[:12]}, the tip's masks {ref.digest[:12]}; roll back the run"
@@ -179,7 +177,7 @@ def apply(store: ObjectStore, plan: Plan, *, worker: int, of: int, mark: str | N
     path, file = layout.masks(update.cycle, update.base), MaskFile(plan.masks)
     store.put_stream(path, file, size=file.size)
     # From here on the bits are read from there: how the answers cut them has nothing to do with how the tensors lie.
-    masks = Masks.read(StoredFile(store, path), name=path)
+    masks = Masks.read(StoredFile(store, path, file.digest, file.sha256), name=path)
     tasks = copy_tasks(plan.metadata, base=update.base)
     outcome = share(
         store=store,
@@ -237,14 +235,6 @@ def _copied(store: ObjectStore, cycle: str, task: Task, path: str) -> StoredObje
     if copied.path != path:
         raise Malformed(f"{head.key} answers for {copied.path}, not for {path}; start a new cycle")
     return copied
-
-
-def _get(store: ObjectStore, key: str) -> bytes:
-    """A small object that the cycle names; that it is gone is a fault of the cycle, not of the store."""
-    try:
-        return store.get(key)
-    except NotFound as error:
-        raise Malformed(f"{error}, but the cycle names it; start a new cycle") from error
 
 
 def _exists(store: ObjectStore, key: str) -> bool:

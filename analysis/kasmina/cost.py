@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,9 +101,7 @@ class PairedCost:
             return None
         step = statistics.median(self._plain)
         extra = statistics.median(self._extra)
-        spread = statistics.median(abs(e - extra) for e in self._extra)
-        # The standard error of a median from the median absolute deviation: 1.4826 * sqrt(pi / 2) = 1.858.
-        error = 1.858 * spread / math.sqrt(len(self._extra))
+        error = error_of_median(self._extra)
         # Of all the time that training took, the tracker's own included: s of S steps cost `extra` more each.
         total = self._steps * step + self._sampled * max(extra, 0.0)
         return Cost(
@@ -120,3 +118,9 @@ class PairedCost:
             return default
         upper = cost.sampled_step + cost.error * self._steps / max(self._sampled, 1)
         return min(max(math.ceil(upper / max_cost), least), most)
+
+
+def error_of_median(values: Collection[float]) -> float:
+    """Standard error, from the median absolute deviation: 1.4826 * sqrt(pi / 2) = 1.858."""
+    middle = statistics.median(values)
+    return 1.858 * statistics.median(abs(value - middle) for value in values) / math.sqrt(len(values))

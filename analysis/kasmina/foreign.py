@@ -23,7 +23,7 @@ from kasmina.formats import FLOATS, Box, Recognised, TensorRef, read_recognised,
 from kasmina.formats.index import INDEX, SAFETENSORS
 from kasmina.formats.recognise import TORCH, recognise_object
 from leyline import exits, layout
-from leyline.digest import Digester, ObjectDigest, digest_bytes, sha256_hex
+from leyline.digest import Digester, ObjectDigest, digest_bytes, sha256_hex, stored_chunks
 from leyline.envelope import (
     SigningKey,
     Trust,
@@ -40,7 +40,7 @@ from leyline.model import Malformed
 from leyline.open import open_store, probe, run_around
 from leyline.ready import PAYLOAD, WRITERS, seal_ready
 from leyline.records import Draft, Genesis, Kind, Open, Publish
-from leyline.store import CHUNK, ObjectStore, Refused, StoreError, Unreachable, Unsuitable
+from leyline.store import ObjectStore, Refused, StoreError, Unreachable, Unsuitable
 from leyline.topology import Parameter, Topology
 
 OPEN = "open-import"
@@ -157,10 +157,9 @@ def find(run: ObjectStore, uri: str) -> Found:
 
 
 def _digest(place: ObjectStore, path: str) -> ObjectDigest:
-    head = place.head(path)
     digester = Digester()
-    for start in range(0, head.size, CHUNK):
-        digester.update(place.get_range(path, start, min(start + CHUNK, head.size), pin=head.pin))
+    for chunk in stored_chunks(place, path):
+        digester.update(chunk)
     return digester.finish()
 
 
@@ -214,13 +213,15 @@ def _described(
 
 def _topology(index: Mapping[str, TensorRef], model_id: str, exclude: Sequence[str]) -> Topology:
     """Names of one stored tensor are tied, and the first of them is the parameter's."""
+    left: set[str] = set()
     for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in index):
+        if not (found := {name for name in index if fnmatchcase(name, pattern)}):
             known = ", ".join(sorted(index)[:3])
             raise Malformed(f"no tensor is called {pattern!r}, which is to be excluded; there are {known}, ...")
+        left |= found
     names: dict[tuple[Box, ...], list[str]] = {}
     for name, ref in sorted(index.items()):
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        if name in left:
             continue
         if ref.dtype in FLOATS and len(ref.shape) >= 2 and ref.size and not ref.shared:
             names.setdefault(ref.boxes, []).append(name)

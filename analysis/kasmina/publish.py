@@ -262,7 +262,7 @@ class _Sealed:
     def size(self) -> int:
         return sealed_size(self.plain.size)
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[bytearray]:
         key = layout.checkpoint(self.checkpoint, IMPORTANCE)
         return encrypt(self.plain, digest=self.digest, key=key, checkpoint=self.checkpoint, ring=self.ring)
 

@@ -6,7 +6,7 @@ Written as safetensors' own save_model does: names of tied tensors once, the oth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leyline.digest import Digester, ObjectDigest
 from leyline.model import Malformed
-from leyline.store import CHUNK
+from leyline.store import CHUNK, in_chunks
 from leyline.tensors import framed
 
 DTYPES = {
@@ -65,7 +65,7 @@ class TensorFile:
         return len(self._header()) + sum(_nbytes(tensor) for tensor in self.tensors.values())
 
     def __iter__(self) -> Iterator[bytearray]:
-        return _cut(self._pieces())
+        return in_chunks(self._pieces())
 
     def _pieces(self) -> Iterator[memoryview]:
         yield memoryview(self._header())
@@ -149,18 +149,3 @@ def read_tensor(raw: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _cut(pieces: Iterable[memoryview]) -> Iterator[bytearray]:
-    """The same bytes in pieces of CHUNK, each a buffer of its own: the store may hold it for a while."""
-    held = bytearray()
-    for piece in pieces:
-        while len(piece):
-            part = piece[: CHUNK - len(held)]
-            held += part
-            piece = piece[len(part) :]
-            if len(held) == CHUNK:
-                yield held
-                held = bytearray()
-    if held:
-        yield held

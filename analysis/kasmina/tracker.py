@@ -132,7 +132,7 @@ class ImportanceTracker:
         sampled = self._until_sample <= 0
         self._cost.step(sampled)
         if sampled:
-            self._until_sample = self._stride()
+            self._until_sample = self.stride
             taken = min(batch_size, self._samples_per_step)
             looked = min(taken, _LOOKED)
             batch = Batch(
@@ -263,11 +263,6 @@ class ImportanceTracker:
         """What the tracker took of the training's time so far, as measured; None before it could be compared."""
         return self._cost.cost()
 
-    @property
-    def stride(self) -> int:
-        """Every how many steps one is sampled, as things stand."""
-        return self._stride()
-
     def check_isolation(self) -> None:
         """Raise IsolationLeak or IsolationUnchecked; publish calls it before it writes anything."""
         if self._isolation is not None:
@@ -314,7 +309,7 @@ class ImportanceTracker:
             leak = header["leak"] or (None, None)
             report = IsolationReport(checked_steps=header["checked_steps"], leak=leak[0])
             self._isolation.restore(report, leak[1])
-        self._until_sample = self._stride()
+        self._until_sample = self.stride
 
     def _made_as(self) -> dict[str, Any]:
         """What a state must have been written with to be read here."""
@@ -327,7 +322,9 @@ class ImportanceTracker:
 
     # --- how it measures ----------------------------------------------------------------------------------------------
 
-    def _stride(self) -> int:
+    @property
+    def stride(self) -> int:
+        """Every how many steps one is sampled, as things stand."""
         if self._every != "auto":
             return self._every
         return self._cost.stride(self._max_cost, default=_FIRST_STRIDE)

@@ -15,7 +15,7 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from leyline.digest import Digester, ObjectDigest, verified_range
+from leyline.digest import Digester, ObjectDigest, stored_chunks, verified_range
 from leyline.store import CHUNK, ObjectStore
 
 Bits = NDArray[np.bool_]
@@ -70,20 +70,21 @@ def ones(size: int) -> PackedBits:
 
 
 class StoredFile:
-    """The bytes of an object in the store. Every chunk is checked against what the object was when this was made."""
+    """The bytes of an object in the store. Every chunk is checked against its digest."""
 
-    def __init__(self, store: ObjectStore, key: str) -> None:
-        """Reads it once. Raises what the store raises."""
-        self._store, self._key = store, key
-        head, whole, digester = store.head(key), sha256(), Digester()
-        for start in range(0, head.size, CHUNK):
-            chunk = store.get_range(key, start, min(start + CHUNK, head.size), pin=head.pin)
-            whole.update(chunk)
-            digester.update(chunk)
-        self.sha256 = whole.hexdigest()
-        self._digest: ObjectDigest = digester.finish()
+    def __init__(self, store: ObjectStore, key: str, digest: ObjectDigest, sha256: str) -> None:
+        self._store, self._key, self._digest, self.sha256 = store, key, digest, sha256
         self._held: dict[int, PackedBits] = {}
         self._lock = Lock()
+
+    @classmethod
+    def read(cls, store: ObjectStore, key: str) -> Self:
+        """Reads it once, for its digest. Raises what the store raises."""
+        whole, digester = sha256(), Digester()
+        for chunk in stored_chunks(store, key):
+            whole.update(chunk)
+            digester.update(chunk)
+        return cls(store, key, digester.finish(), whole.hexdigest())
 
     def __len__(self) -> int:
         return self._digest.size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from leyline.claims import Task
 from leyline.messages import CheckpointMetadata, StoredObject
-from leyline.store import CHUNK
+from leyline.model import Malformed
+from leyline.store import CHUNK, NotFound, ObjectStore
 from leyline.work import Work
 
 _SLOWEST = CHUNK
@@ -32,3 +34,18 @@ def copy_tasks(metadata: CheckpointMetadata, *, base: int) -> Mapping[Task, Stor
         Task(id=f"apply-{base}-{number}", extra_seconds=stored.digest.size / _SLOWEST): stored
         for number, stored in enumerate(masked_objects(metadata))
     }
+
+
+@contextmanager
+def named_by_the_cycle() -> Iterator[None]:
+    """That an object which the cycle names is gone is a fault of the cycle, not of the store: Malformed."""
+    try:
+        yield
+    except NotFound as error:
+        raise Malformed(f"{error}, but the cycle names it; start a new cycle") from error
+
+
+def get_named(store: ObjectStore, key: str) -> bytes:
+    """A small object that the cycle names."""
+    with named_by_the_cycle():
+        return store.get(key)

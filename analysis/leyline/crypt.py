@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
 from leyline.digest import ObjectDigest, sha256_hex
-from leyline.store import CHUNK, Damaged, Data, ObjectStore, StoreError, checked_chunks
+from leyline.store import CHUNK, Damaged, Data, ObjectStore, StoreError, checked_chunks, in_chunks
 
 DATA_KEY = "EMRAKUL_DATA_KEY"
 """Environment: 32 bytes in base64, or a file that holds them; see KeyRing.from_environment."""
@@ -108,7 +108,7 @@ def sealed_size(size: int) -> int:
 
 def encrypt(
     chunks: Iterable[Data], *, digest: ObjectDigest, key: str, checkpoint: str, ring: KeyRing
-) -> Iterator[bytes]:
+) -> Iterator[bytearray]:
     """The encrypted object, cut for `put_stream(key, …, size=sealed_size(digest.size))`.
 
     `chunks` are the plaintext in chunks of CHUNK bytes, and `digest` is theirs: Damaged before a chunk that does
@@ -132,7 +132,7 @@ def encrypt(
             for at in range(0, len(chunk), FRAME):
                 yield cipher.seal((number * CHUNK + at) // FRAME, view[at : at + FRAME])
 
-    return _cut(pieces())
+    return in_chunks(pieces())
 
 
 def decrypt(data: bytes, *, key: str, checkpoint: str, ring: KeyRing) -> bytes:
@@ -252,18 +252,6 @@ def _context(key: str, checkpoint: str) -> bytes:
     """Object key and checkpoint, each with its length, so that no two pairs read the same."""
     names = (b"emrakul importance", key.encode(), checkpoint.encode())
     return b"".join(struct.pack(">I", len(name)) + name for name in names)
-
-
-def _cut(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of CHUNK."""
-    held = bytearray()
-    for piece in pieces:
-        held += piece
-        if len(held) >= CHUNK:
-            yield bytes(memoryview(held)[:CHUNK])
-            held = held[CHUNK:]
-    if held:
-        yield bytes(held)
 
 
 def _cut_off(key: str) -> Damaged:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from leyline import tensors
 from leyline.bits import WINDOW, Bits, BitSource, Packed, Part, Rectangle, pieces, window
+from leyline.digest import Digester, digest_bytes
 from leyline.model import Malformed, Value, canonical_json
-from leyline.store import CHUNK
+from leyline.store import in_chunks
 from leyline.topology import Group, Kind, Member, Parameter
 
 
@@ -266,20 +267,16 @@ class MaskFile:
         self.size = sum(map(len, self._parts))
         self.sha256 = ""
         """Of the chunks, once all were given."""
+        self.digest = digest_bytes(b"")
+        """The same."""
 
     def __iter__(self) -> Iterator[bytearray]:
-        digest, chunk = sha256(), bytearray()
-        for piece in (piece for part in self._parts for piece in pieces(part)):
-            for data in (piece[: CHUNK - len(chunk)], piece[CHUNK - len(chunk) :]):
-                chunk += data.data
-                if len(chunk) == CHUNK:
-                    digest.update(chunk)
-                    yield chunk
-                    chunk = bytearray()
-        digest.update(chunk)
-        self.sha256 = digest.hexdigest()
-        if chunk:
+        whole, digester = sha256(), Digester()
+        for chunk in in_chunks(piece.data for part in self._parts for piece in pieces(part)):
+            whole.update(chunk)
+            digester.update(chunk)
             yield chunk
+        self.sha256, self.digest = whole.hexdigest(), digester.finish()
 
 
 def _both(a: Mapping[str, Bits], b: Mapping[str, Bits]) -> dict[str, Bits]:

@@ -159,6 +159,22 @@ def checked_key(key: str) -> str:
     return key
 
 
+def in_chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytearray]:
+    """The same bytes in chunks of CHUNK, each a buffer of its own: the store may hold it for a while."""
+    held = bytearray()
+    for piece in pieces:
+        rest = memoryview(piece)
+        while len(rest):
+            part = rest[: CHUNK - len(held)]
+            held += part
+            rest = rest[len(part) :]
+            if len(held) == CHUNK:
+                yield held
+                held = bytearray()
+    if held:
+        yield held
+
+
 def checked_chunks(key: str, chunks: Iterable[Data], *, size: int) -> Iterator[Data]:
     """`chunks` as they are, but an error as soon as they cannot become `size` bytes in chunks of CHUNK."""
     done = 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from leyline import layout
 from leyline.answers import with_result
 from leyline.bits import StoredFile
+from leyline.candidate import get_named, named_by_the_cycle
 from leyline.digest import sha256_hex, verified_range
 from leyline.envelope import Trust
 from leyline.masks import Masks
@@ -98,7 +99,7 @@ Measure = Callable[[ObjectStore, Subject, Trust | None, Report], None]
 def read_subject(store: ObjectStore, *, cycle: str, base: int, trust: Trust | None) -> Subject:
     """Read what the request names. Malformed, Damaged or Untrusted in a sentence if it does not belong together."""
     key = layout.validation_request(cycle, base)
-    request = PruningValidationRequest.parse(_get(store, key), name=key)
+    request = PruningValidationRequest.parse(get_named(store, key), name=key)
     if (request.cycle, request.base) != (cycle, base):
         raise Malformed(f"{key} speaks of cycle {request.cycle} on base {request.base}; it was copied there")
     key = layout.manifest(cycle, base)
@@ -143,10 +144,8 @@ def read_object(store: ObjectStore, metadata: CheckpointMetadata, path: str) -> 
 
 def read_masks(store: ObjectStore, ref: MaskRef) -> Masks:
     """A mask side-car by its digest; it is read again for the bits of single weights."""
-    try:
-        file = StoredFile(store, ref.path)
-    except NotFound as error:
-        raise Malformed(f"{error}, but the cycle names it; start a new cycle") from error
+    with named_by_the_cycle():
+        file = StoredFile.read(store, ref.path)
     if file.sha256 != ref.digest:
         raise Damaged(f"{ref.path} has SHA-256 {file.sha256[:12]}, expected was {ref.digest[:12]}; start a new cycle")
     return Masks.read(file, name=ref.path)
@@ -221,14 +220,7 @@ def _verdict(subject: Subject, report: Report, reason: Reason | None, message: s
 
 
 def _known(store: ObjectStore, key: str, digest: str) -> bytes:
-    data = _get(store, key)
+    data = get_named(store, key)
     if (found := sha256_hex(data)) != digest:
         raise Damaged(f"{key} has SHA-256 {found[:12]}, expected was {digest[:12]}; start a new cycle")
     return data
-
-
-def _get(store: ObjectStore, key: str) -> bytes:
-    try:
-        return store.get(key)
-    except NotFound as error:
-        raise Malformed(f"{error}, but the cycle names it; start a new cycle") from error

@@ -109,7 +109,7 @@ def test_a_rectangle_in_any_order_is_read_as_it_lies(
     store.put_if_absent("masks", masks.to_bytes())
     expected = ~active.reshape(shape)[tuple(slice(a, a + n) for a, n in zip(origin, sides, strict=True))]
     expected = expected.transpose(order).reshape(-1)
-    dead = Masks.read(StoredFile(store, "masks"), name="masks").dead("w")
+    dead = Masks.read(StoredFile.read(store, "masks"), name="masks").dead("w")
     assert dead is not None
     edges = sorted({0, expected.size, *(cut for cut in cuts if cut < expected.size)})
     with patch("leyline.bits._LOOKED_UP", 16), patch("leyline.bits._SPAN", 3):
@@ -121,7 +121,7 @@ def test_a_rectangle_in_any_order_is_read_as_it_lies(
 def test_a_stored_file_is_read_across_its_chunks_and_checked(tmp_path: Path) -> None:
     store, data = LocalStore(tmp_path), np.random.default_rng(0).integers(0, 256, 3 * CHUNK + 5, np.uint8)
     store.put_if_absent("file", data.tobytes())
-    file = StoredFile(store, "file")
+    file = StoredFile.read(store, "file")
     for start in (0, 3 * CHUNK + 1, CHUNK - 1, 2 * CHUNK - 7):
         np.testing.assert_array_equal(file[start : start + CHUNK + 9], data[start : start + CHUNK + 9])
     data[0] ^= 1

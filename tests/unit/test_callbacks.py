@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,22 @@ def tree(folder: Path) -> Mapping[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def at_saves(
+    callback: Any,
+    before: Callable[[int], object] = lambda _step: None,
+    after: Callable[[int], object] = lambda _step: None,
+) -> None:
+    """What happens beside the trainer at each of its saves."""
+    whole = callback.events.saved
+
+    def saved(*, step: int, epoch: int) -> None:
+        before(step)
+        whole(step=step, epoch=epoch)
+        after(step)
+
+    callback.events.saved = saved
+
+
 def published(store: ObjectStore) -> list[Publish]:
     return [record.body for record in Log(store).since(0) if isinstance(record.body, Publish)]
 
@@ -314,14 +330,12 @@ def test_masks_are_taken_at_a_save_and_hold(kind: type[Practice], folder: Path, 
     practice = kind(folder, store.uri)
     topology = topology_of(practice.model)
     callback = practice.callback(store.uri, topology=topology)
-    events, whole = callback.events, callback.events.saved
 
-    def saved(*, step: int, epoch: int) -> None:
-        whole(step=step, epoch=epoch)
+    def after(step: int) -> None:
         if step == 4:  # a cycle ends between the two saves
             prune(store, {0: [1, 5]}, of=topology)
 
-    events.saved = saved  # type: ignore[method-assign]
+    at_saves(callback, after=after)
     practice.train(callback)
     assert [body.step for body in published(store)] == [4, 8]
     assert_pruned(practice.model)
@@ -397,26 +411,24 @@ def test_a_rollback_is_carried_out_before_the_next_step(
     practice = kind(folder, store.uri)
     callback = practice.callback(store.uri, topology=topology_of(practice.model))
     events = callback.events
-    whole, step_begins = events.saved, events.step_begins
+    step_begins = events.step_begins
     weights: list[Tensor] = []
 
-    def saved(*, step: int, epoch: int) -> None:
+    def after(step: int) -> None:
         if step == 4:
-            whole(step=step, epoch=epoch)
             weights.append(practice.model.up.weight.detach().clone())
             with torch.no_grad():
                 practice.model.up.weight.add_(1)  # what the training does until somebody rolls it back
             Log(store).append(rolled_back(2), base=2)
             events.sync()
-        else:
-            whole(step=step, epoch=epoch)
 
     def begins() -> None:
         step_begins()
         if len(weights) == 1:
             weights.append(practice.model.up.weight.detach().clone())
 
-    events.saved, events.step_begins = saved, begins  # type: ignore[method-assign]
+    at_saves(callback, after=after)
+    events.step_begins = begins
     with caplog.at_level(logging.WARNING, "kasmina"):
         practice.train(callback)
     assert torch.equal(weights[0], weights[1])
@@ -429,13 +441,7 @@ def test_a_trainer_whose_run_was_taken_stops(
 ) -> None:
     practice = kind(folder, store.uri)
     callback = practice.callback(store.uri, topology=topology_of(practice.model))
-    whole = callback.events.saved
-
-    def saved(*, step: int, epoch: int) -> None:
-        Log(store).append(Draft(id=f"open-other-{step}", body=Open()), base=0)
-        whole(step=step, epoch=epoch)
-
-    callback.events.saved = saved
+    at_saves(callback, lambda step: Log(store).append(Draft(id=f"open-other-{step}", body=Open()), base=0))
     practice.train(callback)
     assert "step 4 was not published" in caplog.text
     assert "another trainer opened the run" in caplog.text
@@ -473,16 +479,16 @@ def test_a_model_that_cannot_be_published_costs_a_warning(
 ) -> None:
     practice = kind(folder, store.uri)
     callback = practice.callback(store.uri, topology=topology_of(practice.model))
-    whole = callback.events.saved
 
-    def saved(*, step: int, epoch: int) -> None:
+    def before(step: int) -> None:
         if step == 4:
             practice.model.register_buffer("angles", torch.ones(2, dtype=torch.complex128))
-        whole(step=step, epoch=epoch)
+
+    def after(step: int) -> None:
         if step == 4:
             del practice.model.angles
 
-    callback.events.saved = saved
+    at_saves(callback, before, after)
     practice.train(callback)
     assert "step 4 was not published: Malformed: tensor angles is torch.complex128" in caplog.text
     assert "Training goes on, and the next save tries again" in caplog.text
@@ -560,11 +566,10 @@ def test_a_store_that_is_away_after_a_rollback_is_tried_again_while_training_goe
     practice, clock = kind(folder, store.uri), Clock(monkeypatch)
     away = Failing(store, Unreachable("the store is away"), times=0)
     callback = practice.callback(away, topology=topology_of(practice.model))
-    events, (whole, step_begins) = callback.events, (callback.events.saved, callback.events.step_begins)
+    events, step_begins = callback.events, callback.events.step_begins
     weights: list[Tensor] = []
 
-    def saved(*, step: int, epoch: int) -> None:
-        whole(step=step, epoch=epoch)
+    def after(step: int) -> None:
         if step == 4:
             weights.append(practice.model.up.weight.detach().clone())
             Log(store).append(rolled_back(2), base=2)
@@ -577,7 +582,8 @@ def test_a_store_that_is_away_after_a_rollback_is_tried_again_while_training_goe
             clock.now += 1
             weights.append(practice.model.up.weight.detach().clone())
 
-    events.saved, events.step_begins = saved, begins
+    at_saves(callback, after=after)
+    events.step_begins = begins
     practice.train(callback)
     assert [torch.equal(weights[0], found) for found in weights[1:]] == [True, False, False, True]
     said = re.findall(

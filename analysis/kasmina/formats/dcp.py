@@ -62,15 +62,15 @@ def objects_of(metadata: bytes, path: str) -> list[str]:
 
     Those without a weight too, such as a rank's that holds moments alone: the format's own loader asks for all.
     """
-    _tensors(metadata, path)  # what cannot be read is refused before anything is looked for
-    document = _state(read_pickle(metadata, ALLOWED, name=path)[0], "Metadata", path)
+    document = _document(metadata, path)
+    _tensors(document, path)  # what cannot be read is refused before anything is looked for
     infos = (_state(info, "_StorageInfo", path) for info in document["storage_data"].values())
     return sorted({_object(info, path) for info in infos})
 
 
 def read_dcp(metadata: bytes, path: str, sources: Mapping[str, tuple[Bytes, str]]) -> dict[str, TensorRef]:
     """The weights by the names they have there. `sources`: the listed objects and their pins, by path."""
-    tensors = _tensors(metadata, path)
+    tensors = _tensors(_document(metadata, path), path)
     by_object: dict[str, list[Piece]] = {}
     for name, one in tensors.items():
         for piece in one.pieces:
@@ -115,10 +115,13 @@ def _boxes(source: Bytes, pieces: list[Piece], tensors: Mapping[str, _Tensor], p
         yield piece, box
 
 
-def _tensors(data: bytes, path: str) -> dict[str, _Tensor]:
-    """The weights that `.metadata` describes, by name."""
+def _document(data: bytes, path: str) -> dict[str, Any]:
     tree, _ = read_pickle(data, ALLOWED, name=path)
-    document = _state(tree, "Metadata", path)
+    return _state(tree, "Metadata", path)
+
+
+def _tensors(document: Mapping[str, Any], path: str) -> dict[str, _Tensor]:
+    """The weights that `.metadata` describes, by name."""
     described, stored = document.get("state_dict_metadata"), document.get("storage_data")
     if not isinstance(described, dict) or not isinstance(stored, dict):
         raise _broken(path, "no tensors or no places of them")
