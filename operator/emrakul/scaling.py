@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import math
+import threading
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal, Protocol
 
 from emrakul.invalid import Invalid
@@ -35,6 +37,10 @@ _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
     ast.Div: lambda a, b: a / b,
     ast.FloorDiv: lambda a, b: Fraction(a // b),
 }
+
+
+_PARSING = threading.Lock()
+"""Python 3.11 counts the depth of a tree for all threads together: two that parse at once can end in SystemError."""
 
 
 class Scaling(Protocol):
@@ -133,11 +139,13 @@ def _is_default(formula: str) -> bool:
     return ast.dump(_parse(formula)) == ast.dump(_parse(DEFAULT_FORMULA))
 
 
+@lru_cache(maxsize=64)  # every look at a cycle reads its settings, and with them the formula
 def _parse(formula: str) -> ast.expr:
     if len(formula) > MAX_LENGTH:
         raise Invalid(f"worker_scaling_formula has {len(formula)} characters; at most {MAX_LENGTH} are allowed")
     try:
-        tree = ast.parse(formula.strip(), mode="eval").body
+        with _PARSING:
+            tree = ast.parse(formula.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Invalid(f"worker_scaling_formula {formula!r} is no arithmetic expression") from error
     _check(tree, formula, 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -125,3 +128,30 @@ def test_auto_refuses_a_formula_that_does_not_name_it(formula: str) -> None:
 def test_a_rate_is_a_whole_number_or_auto(rate: str) -> None:
     with pytest.raises(Invalid, match=r"worker_calculation_rate.*or auto"):
         Settings.from_yaml(f"worker_calculation_rate: {rate}")
+
+
+class Cycle:
+    """Garbage that only the collector finds, and whose end lets another thread run: where threads meet in a parser."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        sum(range(100))
+
+
+def test_threads_may_read_formulas_at_once() -> None:
+    def read(thread: int) -> None:
+        for number in range(600):
+            Cycle()
+            evaluate(f"ceil(num_params / ({number + 1} * {thread + 1}))", NAMES)
+
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(1)
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(read, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
