@@ -73,8 +73,10 @@ def test_a_restarted_training_goes_on_from_the_masked_tip(
     trainer.train(100, batch=32)
     assert _masked(trainer, masks, slots) == 0
     assert all(not torch.equal(value, live[name]) for name, value in trainer.model.named_parameters())
-    # a hundred steps of 32 samples move it by one percent and more, differently on each kind of processor
-    assert trained.right(trainer.model, data.evaluation) >= before - 20
+    # the same batches by the process that never heard of the masks: what a hundred steps change, masks or not
+    first.train(100, batch=32)
+    unmasked = trained.right(first.model, data.evaluation)
+    assert trained.right(trainer.model, data.evaluation) >= unmasked - 10
 
     # the masks are in its weights: the next checkpoint is whole, and good by its own report
     trainer.publish(refresh=0)
