@@ -22,7 +22,7 @@ PROBES = ".probe"
 _OWN = ("log", "state", "checkpoints", "cycles", "reports", "guidance", PROBES)
 _S3_URI = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>.*))?")
 
-_probed: set[tuple[str, str | None]] = set()
+_probed: set[str] = set()
 
 
 class S3Options(TypedDict, total=False):
@@ -60,9 +60,9 @@ def probe(store: ObjectStore) -> None:
     """Refuses (Unsuitable) a store on which the protocol would be unsafe, before the first real write.
 
     Each condition that the protocol relies on is broken once on purpose. Writes below `.probe/`, cleans up, and
-    does nothing for a store that this process has probed before.
+    does nothing for a bucket or folder that this process has probed before.
     """
-    name = (store.uri, getattr(store, "endpoint", None))
+    name = getattr(store, "served_by", store.uri)
     if name in _probed:
         return
     key = f"{PROBES}/{uuid.uuid4().hex}"

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -61,7 +61,7 @@ from leyline.store import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ListObjectsV2OutputTypeDef
 
 T = TypeVar("T")
 
@@ -72,6 +72,9 @@ _UPLOADS = 3
 
 _IN_FLIGHT = 3
 """Parts of an upload that are held at once. With two, SeaweedFS waits for us; four gain nothing more."""
+
+_CLOCK_SECONDS = 10.0
+"""How long the server's time is reckoned on by this machine's clock before it is asked again."""
 
 _MAKING = Lock()
 """Many threads that open their first store at once would each make a client of their own, of 10 MB."""
@@ -129,6 +132,8 @@ class S3Store:
         self._largest = largest
         self._may_borrow = may_borrow
         self._borrowed: dict[str, tuple[S3Store, str]] = {}
+        self._clock: tuple[datetime, float] | None = None
+        """What the server last said the time was, and this machine's monotonic clock then."""
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._deadline = deadline
@@ -150,6 +155,11 @@ class S3Store:
     def endpoint(self) -> str:
         """The server's URL, as resolved from arguments and environment."""
         return self._client.meta.endpoint_url
+
+    @property
+    def served_by(self) -> str:
+        """The bucket at its server: what honours conditions for one run there does so for all."""
+        return f"{self.endpoint}/{self._bucket}"
 
     def ancestors(self) -> Iterator[S3Store]:
         """The prefixes above this one, up to the bucket: a run in one of them would contain this one."""
@@ -248,7 +258,7 @@ class S3Store:
         if after:
             wanted["StartAfter"] = self._prefix + after
         while True:
-            page = self._ask(prefix, lambda: self._client.list_objects_v2(Bucket=self._bucket, **wanted))
+            page = self._listed(prefix, **wanted)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # consoles make such objects to show a folder
                     yield Head(
@@ -287,11 +297,19 @@ class S3Store:
             )
 
     def now(self) -> datetime:
-        answer = self._ask(
-            "the clock",
-            lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1),
-        )
-        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
+        # who asks for the time has most often just listed something, and the answer to that bore the time
+        if self._clock is None or time.monotonic() - self._clock[1] > _CLOCK_SECONDS:
+            self._listed("the clock", Prefix=self._prefix, MaxKeys=1)
+        assert self._clock is not None
+        told, at = self._clock
+        return told + timedelta(seconds=time.monotonic() - at)
+
+    def _listed(self, what: str, **wanted: Any) -> ListObjectsV2OutputTypeDef:
+        """One page of a listing. Every page tells the server's time."""
+        page = self._ask(what, lambda: self._client.list_objects_v2(Bucket=self._bucket, **wanted))
+        date = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
+        self._clock = (date, time.monotonic())
+        return page
 
     def lender(self, uri: str) -> S3Store:
         scheme, _, rest = uri.rstrip("/").partition("://")

@@ -163,13 +163,35 @@ def test_a_missing_ca_bundle_is_named() -> None:
         S3Store("runs", "run", ca_bundle="/no/ca.pem")
 
 
-def test_the_probe_accepts_a_store_with_conditions_and_cleans_up(s3: S3Store, faults: Faults) -> None:
+def test_the_probe_accepts_a_store_with_conditions_and_cleans_up(
+    s3: S3Store, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leyline.open._probed", set())  # whatever the tests before this one did in the bucket
     probe(s3)
+    assert faults.seen["CompleteMultipartUpload"] == 1
     assert list(s3.list("")) == []
     assert uploads(s3) == 0
     requests = faults.seen.total()
     probe(s3)
-    assert faults.seen.total() == requests
+    probe(S3Store(s3.uri.split("/")[2], "another-run"))
+    assert faults.seen.total() == requests, "a thousand runs in a bucket are one store"
+
+
+def test_the_time_is_asked_for_once_where_a_listing_has_told_it(
+    s3: S3Store, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = s3.now()
+    list(s3.list(""))
+    assert faults.seen["ListObjectsV2"] == 2
+    passed = 0.0
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed)
+    for passed in (0.0, 4.0, 9.0):
+        assert abs((s3.now() - began).total_seconds() - passed) < 2
+    assert faults.seen["ListObjectsV2"] == 2
+    passed = 11.0  # too long ago: what the server says counts, and it knows nothing of our eleven seconds
+    assert abs((s3.now() - began).total_seconds()) < 2
+    assert faults.seen["ListObjectsV2"] == 3
 
 
 def test_the_probe_refuses_a_store_that_ignores_conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
