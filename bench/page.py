@@ -93,8 +93,7 @@ STORAGE = """Of the storage phases: the store shares the cores with its client. 
 transfer leaves idle of them, and what a cycle does. Everything that a cycle does beside the transfer adds to its time
 then: the SHA-256 of each byte that is read or written (the lines with hashing counted have it in the reference),
 scoring, the claim and the answer of each request, and starting the workers. A store on a machine of its own, or more
-cores, takes this out of the sum. Less hashing would too, and is not an option: no byte is trusted that was not checked.
-"""
+cores, takes this out of the sum. Less hashing would too, and is no option: no byte is trusted that was not checked."""
 
 INTRODUCTION = """# Benchmarks
 

@@ -30,16 +30,14 @@ class Sized:
 def sized(lines: list[Line], cores: int) -> list[Sized]:
     """Each phase at the rate that it had, as far as it would use more cores, and no faster than the network."""
 
-    def figure(what: str) -> float:
-        found = [line for line in lines if "SeaweedFS" in line.group and line.what == f"{cores} workers, {what}"]
-        return found[0].figure.median
+    def line(what: str) -> Line:
+        return next(each for each in lines if "SeaweedFS" in each.group and each.what == f"{cores} workers, {what}")
 
-    def size() -> float:
-        """Bytes of the model that was measured, in float32."""
-        return 4e6 * figure("analysis, I/O included") * figure("analysis")
+    size = 1e6 * line("analysis, bytes read").against.median
+    """Bytes of the model that was measured, in float32."""
 
     def rate(what: str, passes: float, times: float) -> tuple[float, str]:
-        one = passes * size() / figure(what)
+        one = passes * size / line(what).figure.median
         return min(one * times, NETWORK), f"{one / 1e6:,.0f} MB/s measured x {times:g}, at most {NETWORK / 1e9:g} GB/s"
 
     rows = []
@@ -50,11 +48,11 @@ def sized(lines: list[Line], cores: int) -> list[Sized]:
     ):
         speed, how = rate(name, passes, times)
         rows.append(Sized(what, passes * BYTES / speed, "s", how))
-    forward = next(line for line in lines if "SeaweedFS" in line.group and "dead-unit proof" in line.what)
-    per = forward.figure.median / (size() / 4) * PARAMETERS * cores / CORES
-    rows.append(Sized("dead-unit proof", per, "s", f"{forward.figure.median:.1f} s measured, by parameters and cores"))
+    proof = line("validate: dead-unit proof").figure.median
+    per = proof / (size / 4) * PARAMETERS * cores / CORES
+    rows.append(Sized("dead-unit proof", per, "s", f"{proof:.1f} s measured, by parameters and cores"))
     rows.append(Sized("storage phases", sum(row.value for row in rows[:3]), "s", "the first three together"))
-    worker = next(line for line in lines if "SeaweedFS" in line.group and line.what == "peak RSS, elesh").figure
+    worker = next(each for each in lines if "SeaweedFS" in each.group and each.what == "peak RSS, elesh").figure
     held = CORES * worker.median / 1e3
     rows.append(Sized("memory, workers", held, "GB", f"{CORES} x the {worker.median:,.0f} MB measured"))
     rows.append(Sized("memory, gate", (BYTES + GATE) / 1e9, "GB", f"one model and 1 GB; of {MEMORY / 1e9:.0f} GB"))
