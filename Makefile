@@ -23,10 +23,10 @@ demo: $(VENV)/.ready  ## train, prune, validate, commit, refuse and roll back a 
 test: $(VENV)/.ready  ## every test that needs no cluster
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-large: $(VENV)/.ready  ## 4 GB checkpoints through workers of 256 MB each (8 GB of disk, 3 minutes)
-	$(BIN)/python -m pytest tests/large
+large: $(VENV)/.ready  ## 4 GB checkpoints through workers of 256 MB each (16 GB of disk, 5 minutes)
+	$(BIN)/python -m pytest tests/large -n 2 --dist worksteal
 
-api: $(VENV)/.ready  ## the operator against a real API server and etcd (builds them once)
+api: $(VENV)/.ready  ## the operator against a real API server and etcd (builds them once; EMRAKUL_MANY=1000 cycles at once)
 	$(BIN)/python tests/cluster build components helm
 	$(BIN)/python -m pytest tests/api -n 3 --dist worksteal
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,15 +90,18 @@ def rclone(folder: Path, *, bucket: str = "runs") -> Iterator[S3Server]:
 
 
 def free_ports(count: int) -> Sequence[int]:
-    """Ports that nobody listens on; all held until the last is chosen, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Different ports that nobody listens on.
+
+    Below those that the system gives to clients and Kubernetes to services: one of these might be taken by the time
+    that a server has started.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(12_000, 30_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found += [port] * (port not in found)
+    return found
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def on(base: int = 2, **changes: Any) -> OnBase:
 
 
 def validated(base: int = 2, outcome: str = "PASS", **changes: Any) -> OnBase:
-    return on(base, candidate="cand", asked=True, verdict=verdict(outcome, base=base, **changes), verdict_digest="v")
+    return on(base, candidate="cand", asked=True, verdict=verdict(outcome, base=base, **changes))
 
 
 def job(phase: Phase, step: int, **changes: Any) -> Job:

@@ -50,6 +50,9 @@ class Memory:
     def now(self) -> datetime:
         return datetime.fromtimestamp(0, UTC)
 
+    def where(self, key: str) -> str:
+        return key
+
 
 class Wrapped:
     """Passes everything on and counts it."""
@@ -95,6 +98,9 @@ class Wrapped:
 
     def now(self) -> datetime:
         return self.inner.now()
+
+    def where(self, key: str) -> str:
+        return self.inner.where(key)
 
 
 class Mortal(Wrapped):

@@ -86,14 +86,6 @@ class MaskEnforcer:
             for copy in self._copies:
                 self._zero(name, copy[name])
 
-    @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """Zero the pruned elements of gradients that were set without a backward pass (which does it by itself)."""
-        for name in self._dead:
-            for held in (self._parameters[name], self._master.get(name)):
-                if held is not None and held.grad is not None:
-                    self._zero(name, held.grad)
-
     def remove(self) -> None:
         """Enforce no more. Weights stay as they are."""
         self._drop_gradient_hooks()

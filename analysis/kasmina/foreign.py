@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from urllib.parse import unquote
 
 from kasmina.formats import FLOATS, Box, Recognised, TensorRef, read_recognised, recognise
 from kasmina.formats.index import INDEX, SAFETENSORS
@@ -46,6 +47,7 @@ from leyline.topology import Parameter, Topology
 OPEN = "open-import"
 """The id of the open that imports publish under. A run that has another one belongs to a trainer."""
 
+_ENDINGS = re.compile(r"(\.[a-zA-Z]{2,11})+$")
 _STEP = re.compile(r"(?:^|[-_/]|step=?)(\d{1,12})$")
 
 
@@ -68,6 +70,9 @@ class Imported:
     record: int
     checkpoint: str
     imported_from: str
+    """The folder."""
+    weights: str
+    """Which of its objects the weights are, or tells where they are."""
     new: bool
     """False: an earlier import made the record."""
     parameters: int
@@ -113,7 +118,14 @@ def adopt(
         exclude=exclude,
     )
     size = sum(digest.size for digest in digests.values())
-    said = partial(Imported, uri=run.uri, imported_from=found.place.uri, parameters=metadata.num_params, bytes=size)
+    said = partial(
+        Imported,
+        uri=run.uri,
+        imported_from=found.place.uri,
+        weights=found.checkpoint.objects[0],
+        parameters=metadata.num_params,
+        bytes=size,
+    )
     if state is not None:
         if (known := _known(state, metadata.name)) is not None:
             return said(record=known[0], checkpoint=known[1], new=False)
@@ -137,23 +149,42 @@ def adopt(
 
 def find(run: ObjectStore, uri: str) -> Found:
     """The checkpoint at `uri`, a folder or its one file or index. Malformed if there is none, or more than one."""
-    folder, name = uri, ""
-    if uri.endswith((SAFETENSORS, INDEX, *TORCH)):
-        name = uri.rpartition("/")[2]
-        folder = uri.removesuffix(name) or "."
-    place = run.lender(folder)
-    if f"{run.uri}/".startswith(f"{place.uri}/"):
-        raise StoreError(
-            f"the run {run.uri} would lie in the checkpoint's own folder {place.uri}; give it another place"
-        )
+    place, name = _place(run, uri)
+    here = run.lender(run.uri).uri  # as the place is written: without symbolic links
+    # beside one named file there is room for a run; what is named as a folder is the checkpoint's alone
+    if here == place.uri or (not name and here.startswith(f"{place.uri}/")):
+        raise StoreError(f"the run {here} would lie in the checkpoint's own folder {place.uri}; give it another place")
     if (owner := run_around(place)) is not None:
         raise StoreError(
             f"{uri} lies in the run {owner}, whose gc deletes what that run needs no longer; copy it out of there"
         )
     checkpoint = recognise_object(place, name) if name else recognise(place, "")
-    file, _, _ = checkpoint.objects[0].rpartition(".")
-    numbers = (_STEP.search(one) for one in (file, place.uri))
+    numbers = (_STEP.search(_ENDINGS.sub("", one)) for one in (checkpoint.objects[0], unquote(place.uri)))
     return Found(place=place, checkpoint=checkpoint, step=next((int(found[1]) for found in numbers if found), 0))
+
+
+def _place(run: ObjectStore, uri: str) -> tuple[ObjectStore, str]:
+    """The folder at `uri`, or the folder of the one file there and that file's name.
+
+    Names tell little: what torch.save wrote may be called `x.pth.tar`, and what Lightning shards is a folder `x.ckpt`.
+    """
+    name = uri.rpartition("/")[2]
+    folder = uri.removesuffix(name) or "."
+    if name and (_stands(run, folder, name) or (uri.endswith((SAFETENSORS, INDEX, *TORCH)) and _is_empty(run, uri))):
+        return run.lender(folder), name
+    return run.lender(uri), ""
+
+
+def _stands(run: ObjectStore, folder: str, name: str) -> bool:
+    try:
+        run.lender(folder).head(name)
+    except StoreError:  # a folder, or what its own error will tell of
+        return False
+    return True
+
+
+def _is_empty(run: ObjectStore, uri: str) -> bool:
+    return next(run.lender(uri).list(""), None) is None
 
 
 def _digest(place: ObjectStore, path: str) -> ObjectDigest:

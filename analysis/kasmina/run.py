@@ -177,7 +177,7 @@ class TrainingRun:
             # a new id for each start: two trainers must never take one open for their own
             opened = log.append(Draft(id=f"open-{uuid.uuid4().hex}", body=Open()), base=log.tail().record.n).record.n
         elif (found := log.tail().state.model_id) != model_id:
-            raise ValueError(f"{store.uri} is a run of model {found}, not {model_id}; use another run URI")
+            raise ValueError(f"{store.uri} is a run of model {found}, not {model_id}; name its own, or use another run")
         self = cls(
             store,
             log,

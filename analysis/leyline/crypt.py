@@ -176,20 +176,6 @@ class SealedObject:
         return plain if len(plain) == stop - start else plain[start - skipped : stop - skipped]
 
 
-def decrypt_range(
-    store: ObjectStore,
-    key: str,
-    start: int,
-    stop: int,
-    *,
-    checkpoint: str,
-    ring: KeyRing,
-    pin: str | None = None,
-) -> bytes:
-    """One range of the plaintext; for several of one object keep a SealedObject. Raises WrongKey, Damaged."""
-    return SealedObject(store, key, checkpoint=checkpoint, ring=ring, pin=pin).read(start, stop)
-
-
 class _Cipher:
     """Opens and seals the frames of one object."""
 

@@ -98,7 +98,7 @@ def verified_range(
         chunk = store.get_range(key, begin, min(begin + CHUNK, digest.size), pin=pin)
         if sha256_hex(chunk) != digest.chunks[number]:
             raise Damaged(
-                f"{key} in {store.uri}: chunk {number} of {len(digest.chunks)} is not what its SHA-256 says; "
+                f"{store.where(key)}: chunk {number} of {len(digest.chunks)} is not what its SHA-256 says; "
                 "the object was damaged or exchanged; restore it"
             )
         if start <= begin and begin + len(chunk) <= stop:

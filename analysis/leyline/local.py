@@ -56,6 +56,10 @@ class LocalStore:
     def uri(self) -> str:
         return self._root.as_uri()
 
+    def where(self, key: str) -> str:
+        lent = self._borrowed.get(key)
+        return lent[0].where(lent[1]) if lent else f"{key} in {self.uri}"
+
     def ancestors(self) -> Iterator[LocalStore]:
         """The folders above this one, as stores: a run in one of them would contain this one."""
         return (LocalStore(parent) for parent in self._root.parents)
@@ -121,7 +125,7 @@ class LocalStore:
         scheme, separator, _ = uri.partition("://")
         if separator and scheme != "file":
             raise StoreError(f"{uri} is in another kind of store than the run {self.uri}; copy it into a folder")
-        return LocalStore(uri)
+        return LocalStore(os.path.realpath(_as_path(uri)))  # a link may lead into a run
 
     def borrow(self, uri: str, keys: Mapping[str, str]) -> None:
         lender = self.lender(uri)

@@ -207,7 +207,8 @@ class Log:
         if (entry.state.run_id, entry.state.model_id) != (draft.body.run_id, draft.body.model_id):
             raise NotAllowed(
                 f"{self._store.uri} is run {entry.state.run_id} of model {entry.state.model_id}, not "
-                f"{draft.body.run_id} of {draft.body.model_id}; use another run URI"
+                f"{draft.body.run_id} of {draft.body.model_id}; name this run and its model (run_id, model_id), or use "
+                "another run URI"
             )
         self._tail = entry
         return entry

@@ -10,8 +10,18 @@ import rfc8785
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
+def printable(text: str) -> str:
+    """What a terminal would act on, written as in a Python string: names in files may come from anybody."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class Malformed(ValueError):
     """Stored data is not what its contract says; the sentence names the thing and the first fault."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 class Value(BaseModel):

@@ -161,6 +161,10 @@ class S3Store:
         """The bucket at its server: what honours conditions for one run there does so for all."""
         return f"{self.endpoint}/{self._bucket}"
 
+    def where(self, key: str) -> str:
+        lent = self._borrowed.get(key)
+        return lent[0].where(lent[1]) if lent else f"{key} in {self.uri}"
+
     def ancestors(self) -> Iterator[S3Store]:
         """The prefixes above this one, up to the bucket: a run in one of them would contain this one."""
         segments = self._prefix.split("/")[:-1]
@@ -300,15 +304,18 @@ class S3Store:
         # who asks for the time has most often just listed something, and the answer to that bore the time
         if self._clock is None or time.monotonic() - self._clock[1] > _CLOCK_SECONDS:
             self._listed("the clock", Prefix=self._prefix, MaxKeys=1)
-        assert self._clock is not None
+        if self._clock is None:
+            raise StoreError(f"{self.endpoint} does not tell the time (no Date in its answers); use another store")
         told, at = self._clock
         return told + timedelta(seconds=time.monotonic() - at)
 
     def _listed(self, what: str, **wanted: Any) -> ListObjectsV2OutputTypeDef:
         """One page of a listing. Every page tells the server's time."""
         page = self._ask(what, lambda: self._client.list_objects_v2(Bucket=self._bucket, **wanted))
-        date = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
-        self._clock = (date, time.monotonic())
+        at = time.monotonic()
+        date = page["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        with suppress(ValueError):
+            self._clock = (parsedate_to_datetime(date).astimezone(UTC), at)
         return page
 
     def lender(self, uri: str) -> S3Store:

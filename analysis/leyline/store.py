@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from leyline.model import printable
+
 CHUNK = 16 * 1024 * 1024
 """Bytes in a chunk. Digests, reads, encryption frames and multipart parts all align to it."""
 
@@ -21,6 +23,9 @@ Data = bytes | bytearray
 
 class StoreError(Exception):
     """Something the store answered, as a sentence that names the object and the remedy."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 class NotFound(StoreError):
@@ -129,6 +134,10 @@ class ObjectStore(Protocol):
 
     def now(self) -> datetime:
         """The store's clock (UTC)."""
+        ...
+
+    def where(self, key: str) -> str:
+        """The object as people find it: with the store that it lies in, for what is borrowed the lender."""
         ...
 
     def ancestors(self) -> Iterator[ObjectStore]:

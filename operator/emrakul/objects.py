@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from leyline import layout
-from leyline.digest import ObjectDigest, sha256_hex
+from leyline.digest import ObjectDigest, sha256_hex, verified_range
 from leyline.envelope import Trust
 from leyline.evidence import evidence_of
 from leyline.fold import PairState
@@ -81,18 +81,13 @@ def check(store: ObjectStore, part: Part, *, deep: bool, progress: Progress = la
     """NotFound, or Damaged if size or (`deep`) a chunk's digest is another. One chunk is held at a time."""
     head = store.head(part.key)
     if head.size != part.digest.size:
-        raise Damaged(f"{part.key} is {head.size:,} bytes, its manifest says {part.digest.size:,}; restore it")
-    if not deep:
-        return
-    for number, digest in enumerate(part.digest.chunks):
-        start = number * CHUNK
-        data = store.get_range(part.key, start, min(start + CHUNK, head.size), pin=head.pin)
-        if sha256_hex(data) != digest:
-            raise Damaged(
-                f"{part.key}: chunk {number} of {len(part.digest.chunks)} is not what its SHA-256 says; "
-                "it was damaged or exchanged, restore it from a copy"
-            )
-        progress(len(data))
+        raise Damaged(
+            f"{store.where(part.key)} is {head.size:,} bytes, its manifest says {part.digest.size:,}; restore it"
+        )
+    for start in range(0, head.size, CHUNK) if deep else ():
+        stop = min(start + CHUNK, head.size)
+        verified_range(store, part.key, part.digest, start, stop, head.pin)
+        progress(stop - start)
 
 
 def _proven(store: ObjectStore, key: str, digest: str | None) -> bytes:

@@ -91,10 +91,9 @@ def phases(store: ObjectStore, admit: Record, end: Record | None) -> dict[str, f
     found: dict[str, float] = {}
     before = began
     for name, at in marks:
-        if at is None or before is None:
-            continue
-        found[name] = (at - before).total_seconds()
-        before = at
+        if at is not None and before is not None:
+            found[name] = (at - before).total_seconds()
+        before = at  # what gc has deleted tells nothing: neither of its own phase nor of the next
     ended = _at(store, layout.record(end.n)) if end else None
     if began and ended:
         found["cycle"] = (ended - began).total_seconds()

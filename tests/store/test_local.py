@@ -223,6 +223,12 @@ def test_opens_a_uri_or_a_plain_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
         store.put_if_absent("log/0/0.json", b"{}")
 
 
+def test_a_path_may_go_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    assert open_store("../runs//./one/").uri == (tmp_path / "runs" / "one").as_uri()
+
+
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
@@ -230,8 +236,6 @@ def test_opens_a_uri_or_a_plain_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("gs://bucket/run", "use s3://"),
         ("file://host/run", "file:///absolute"),
         ("file:///a/../b", "no run URI"),
-        ("../run", "no run URI"),
-        ("/a//b", "no run URI"),
         ("s3://bucket//run", "no run URI"),
         ("s3://bucket/a/./b", "no run URI"),
         ("s3://", "no S3 URI"),

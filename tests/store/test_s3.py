@@ -194,6 +194,17 @@ def test_the_time_is_asked_for_once_where_a_listing_has_told_it(
     assert faults.seen["ListObjectsV2"] == 3
 
 
+@pytest.mark.parametrize("date", [None, "", "soon"])
+def test_a_server_that_tells_no_time_can_be_listed_all_the_same(
+    s3: S3Store, monkeypatch: pytest.MonkeyPatch, date: str | None
+) -> None:
+    page = {"ResponseMetadata": {"HTTPHeaders": {} if date is None else {"date": date}}, "IsTruncated": False}
+    monkeypatch.setattr(s3, "_ask", lambda _what, _request: page)
+    assert list(s3.list("")) == []
+    with pytest.raises(StoreError, match="does not tell the time"):
+        s3.now()
+
+
 def test_the_probe_refuses_a_store_that_ignores_conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with rclone(tmp_path) as server:
         for name, value in server.environment.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -369,8 +370,11 @@ def test_explain_says_why_each_unit_went_or_stayed() -> None:
     assert "7th lowest of 59 live, eligible, but 5 could go and others scored lower" in said["fc2", 0]
     with pytest.raises(KeyError, match="units 0 to 19"):
         explain(this, decision, found, "fc0", 20)
-    with pytest.raises(KeyError, match="no group fc9"):
+    with pytest.raises(KeyError, match="no group fc9; there are fc0, fc1"):
         explain(this, decision, found, "fc9", 0)
+    imported = replace(this, topology=Topology(model_id="m", parameters={}))
+    with pytest.raises(KeyError, match="no group fc9: of this checkpoint no groups are known"):
+        explain(imported, decision, found, "fc9", 0)
 
 
 # --- basic ------------------------------------------------------------------------------------------------------------

@@ -196,17 +196,6 @@ def test_masked_gradients_stay_masked_through_accumulation() -> None:
         assert torch.count_nonzero(pruned(masks, ((n, p.grad) for n, p in model.named_parameters()))) == 0
 
 
-def test_gradients_set_by_hand_are_masked_on_call() -> None:
-    model = Net()
-    masks = masks_of(model)
-    with MaskEnforcer(model, masks) as enforcer:
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        enforcer.mask_gradients()
-    assert torch.count_nonzero(pruned(masks, ((n, p.grad) for n, p in model.named_parameters()))) == 0
-    assert all(torch.count_nonzero(p.grad) > 0 for p in model.parameters())
-
-
 def test_zero_is_assigned_so_nan_and_minus_zero_go_too() -> None:
     model = Net()
     masks = masks_of(model)

@@ -16,9 +16,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import builders
+from emrakul.cli import main as emrakul
 from histories import History
 from kasmina import TrainingRun, load_tip, trace_topology
 from kasmina.foreign import adopt, main
+from kasmina.pair import PairDamaged
 from leyline import exits
 from leyline.envelope import Trust, Untrusted, generate_key
 from leyline.local import LocalStore
@@ -181,6 +183,41 @@ def test_an_optimizers_moments_are_no_weights(run: LocalStore, tmp_path: Path, f
     assert done.parameters == 12
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_a_distributed_checkpoint_is_whole_or_refused(run: LocalStore, tmp_path: Path) -> None:
+    """The weights are there; what the format's own loader asks for beside them is cut off."""
+    folder = tmp_path / "elsewhere"
+    state = {"model": {"weight": torch.ones(64, 64)}, "optimizer": {"state": {0: {"exp_avg": torch.ones(3, 4)}}}}
+    torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    (data,) = folder.glob("*.distcp")
+    infos = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata().storage_data
+    last = max(infos, key=lambda index: infos[index].offset)
+    assert last.fqn.startswith("optimizer")
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(Malformed, match=r"has a piece there at bytes .*; it is truncated, copy it again"):
+        adopt(run, str(folder))
+    assert nothing(run)
+
+
+def test_damage_is_told_where_it_is(run: LocalStore, folder: Path) -> None:
+    adopt(run, str(folder))
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(PairDamaged, match=f"model.safetensors in {folder.as_uri()}: chunk 0 of 1 is not what"):
+        load_tip(run)
+
+
+def test_names_cannot_act_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "w\nCommitted: all \x1b[31mfine\x9b\u202e"
+    weight = builders.Tensor("F32", (2, 2), bytes(16))
+    (tmp_path / "model.safetensors").write_bytes(builders.safetensors({name: weight}))
+    assert main(["--from", str(tmp_path), "--run", str(tmp_path / "run"), "--exclude", "fc*"]) == exits.BAD_INPUT
+    assert emrakul(["import", str(tmp_path / "model.safetensors"), str(tmp_path / "run"), "--exclude", "fc*"]) == 4
+    first, second, rest = capsys.readouterr().err.split("\n")
+    assert "would lie in" in first and not rest
+    assert second.isprintable() and r"there are w\nCommitted: all \x1b[31mfine\x9b\u202e, ..." in second
+
+
 def test_what_may_be_a_moment_is_refused_by_name(run: LocalStore, tmp_path: Path) -> None:
     for number, (key, kind) in enumerate({"fc": "velocity", "model": "fc.weight"}.items()):
         folder = tmp_path / str(number)
@@ -270,14 +307,65 @@ def test_checkpoints_on_the_way_stand_beneath_the_last_one(run: LocalStore, fold
     (folder / "checkpoint-5" / "model.safetensors").write_bytes(builders.safetensors(WEIGHTS))
     adopt(run, str(folder))
     (folder / "model.safetensors").rename(folder / "checkpoint-5" / "other.safetensors")
-    assert adopt(run, str(folder)).imported_from == folder.as_uri()
+    with pytest.raises(Malformed, match=r"holds no checkpoint: .*; there is one in checkpoint-5, name that folder"):
+        adopt(run, str(folder))
 
 
-def test_a_run_inside_of_the_checkpoint_is_refused(folder: Path) -> None:
-    inside = LocalStore(folder / "run")
+def test_what_lies_beneath_is_never_taken_for_what_was_named(run: LocalStore, folder: Path) -> None:
+    older = folder / "checkpoint-500"
+    older.mkdir()
+    shard = builders.safetensors({name: builders.Tensor("F32", (2, 2), bytes(16)) for name in WEIGHTS})
+    (older / "model.safetensors").write_bytes(shard)
+    (older / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    assert adopt(run, str(folder)).bytes == (folder / "model.safetensors").stat().st_size
+    (folder / "model.safetensors").unlink()
+    torch.save({"fc.weight": torch.ones(3, 4)}, folder / "pytorch_model.bin")
+    assert adopt(run, str(folder)).weights == "pytorch_model.bin"
+
+
+def test_transformers_order_is_kept_and_other_pairs_are_refused(run: LocalStore, folder: Path) -> None:
+    torch.save({"fc.weight": torch.ones(3, 4)}, folder / "pytorch_model.bin")
+    (folder / "flax_model.msgpack.index.json").write_text(json.dumps({"weight_map": {"a": "flax-1.msgpack"}}))
+    for beside in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"):
+        torch.save({"moment": torch.ones(3, 4)}, folder / beside)
+    assert adopt(run, str(folder)).weights == "model.safetensors"
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "pytorch_model.bin").rename(folder / "adapter_model.bin")
+    with pytest.raises(Malformed, match=r"holds 2 checkpoints \(adapter_model.bin, adapter_model.safetensors\); name"):
+        adopt(run, str(folder))
+    assert adopt(run, str(folder / "adapter_model.bin")).weights == "adapter_model.bin"
+    (folder / "adapter_model.bin").unlink()
+    assert adopt(run, str(folder)).weights == "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["model.pth.tar", "model.pkl", "UPPER.PT", "model"])
+def test_a_named_file_may_be_called_as_one_likes(tmp_path: Path, run: LocalStore, name: str) -> None:
+    torch.save({"fc.weight": torch.ones(3, 4)}, tmp_path / name)
+    assert adopt(run, str(tmp_path / name)).weights == name
+    np.savez(tmp_path / "x.npz", weight=np.ones((3, 4)))
+    with pytest.raises(Malformed, match=r"x\.npz .*holds 0 data\.pkl"):
+        adopt(run, str(tmp_path / "x.npz"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+def test_a_folder_may_be_called_like_a_file(tmp_path: Path, run: LocalStore) -> None:
+    """As Lightning calls what it shards."""
+    model = {"fc.weight": torch.arange(12.0).reshape(3, 4)}
+    torch.distributed.checkpoint.save(model, checkpoint_id=tmp_path / "step=8.ckpt", no_dist=True)
+    done = adopt(run, str(tmp_path / "step=8.ckpt"))
+    assert (done.weights, done.checkpoint.partition("-")[0]) == (".metadata", "8")
+
+
+def test_a_run_inside_of_the_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    for inside, origin in ((folder / "run", folder), (folder / "run", tmp_path / "link"), (folder, folder)):
+        with pytest.raises(StoreError, match="would lie in the checkpoint's own folder"):
+            adopt(LocalStore(inside), str(origin))
+        assert nothing(LocalStore(folder / "run"))
     with pytest.raises(StoreError, match="would lie in the checkpoint's own folder"):
-        adopt(inside, str(folder))
-    assert nothing(inside)
+        adopt(LocalStore(folder), str(folder / "model.safetensors"))
+    # beside one named file there is room
+    assert adopt(LocalStore(folder / "run"), str(folder / "model.safetensors")).new
 
 
 def test_a_header_that_lies_is_refused(run: LocalStore, folder: Path) -> None:
@@ -293,9 +381,11 @@ def test_a_checkpoint_inside_a_run_may_be_deleted_by_its_gc(run: LocalStore, fol
     inside = tmp_path / "run" / "cycles" / "c" / "candidate"
     inside.mkdir(parents=True)
     (inside / "model.safetensors").write_bytes(builders.safetensors(WEIGHTS))
+    (tmp_path / "link").symlink_to(inside)
     for other in (run, LocalStore(tmp_path / "other")):
-        with pytest.raises(StoreError, match=r"lies in the run file://.*copy it out of there"):
-            adopt(other, str(inside))
+        for named in (inside, tmp_path / "link"):
+            with pytest.raises(StoreError, match=r"lies in the run file://.*copy it out of there"):
+                adopt(other, str(named))
 
 
 def test_a_trainers_run_is_left_to_its_trainer(run: LocalStore, folder: Path) -> None:

@@ -15,6 +15,7 @@ from emrakul.cluster.status import Facts, cycle_status
 from emrakul.core.plan import Plan
 from emrakul.core.snapshot import Phase, Snapshot
 from emrakul.settings import Settings
+from emrakul.timeline import phases
 from emrakul.work import Rate, work
 from leyline import answers, layout
 from leyline.candidate import Copied
@@ -162,6 +163,16 @@ def test_every_phase_says_what_it_read_and_how_long_it_took(store: LocalStore) -
     assert all(one.seconds > 0 and one.peak_rss > 10e6 for one in found.values())
     key = next(store.list(layout.responses(ended.cycle, f"apply-{base}-0"))).key
     assert Copied.parse(store.get(key), name=key).bytes_read >= size
+
+
+def test_what_gc_deleted_is_in_no_phase(store: LocalStore) -> None:
+    ended = cycle(store, NUMBER, workers=2)
+    base = committed(ended)
+    assert ended.admitted is not None
+    told = phases(store, ended.admitted, ended.end)
+    assert told.keys() == {"analyse", "apply", "validate", "cycle"}
+    store.delete(layout.manifest(ended.cycle, base))
+    assert phases(store, ended.admitted, ended.end) == {name: told[name] for name in ("analyse", "cycle")}
 
 
 def test_a_cycle_that_is_gone_or_damaged_has_no_work(store: LocalStore) -> None:

@@ -70,7 +70,9 @@ def objects_of(metadata: bytes, path: str) -> list[str]:
 
 def read_dcp(metadata: bytes, path: str, sources: Mapping[str, tuple[Bytes, str]]) -> dict[str, TensorRef]:
     """The weights by the names they have there. `sources`: the listed objects and their pins, by path."""
-    tensors = _tensors(_document(metadata, path), path)
+    document = _document(metadata, path)
+    tensors = _tensors(document, path)
+    _check_whole(document, path, sources)
     by_object: dict[str, list[Piece]] = {}
     for name, one in tensors.items():
         for piece in one.pieces:
@@ -93,6 +95,17 @@ def read_dcp(metadata: bytes, path: str, sources: Mapping[str, tuple[Bytes, str]
     return refs
 
 
+def _check_whole(document: Mapping[str, Any], path: str, sources: Mapping[str, tuple[Bytes, str]]) -> None:
+    """Of moments and plain values too, which are read by nobody here: the format's own loader wants them all."""
+    for info in (_state(info, "_StorageInfo", path) for info in document["storage_data"].values()):
+        object_, start, stop = _place(info, path, "something")
+        if object_ in sources and stop > (size := sources[object_][0].size):
+            raise Malformed(
+                f"{sources[object_][0].key} ends at byte {size:,}, and {path} has a piece there at bytes {start:,} to "
+                f"{stop:,}; it is truncated, copy it again"
+            )
+
+
 def _boxes(source: Bytes, pieces: list[Piece], tensors: Mapping[str, _Tensor], pin: str) -> Iterable[tuple[Piece, Box]]:
     for one, two in pairwise(pieces):
         if two.start < one.stop:
@@ -104,8 +117,6 @@ def _boxes(source: Bytes, pieces: list[Piece], tensors: Mapping[str, _Tensor], p
                 span for each in batch for span in ((each.start, each.start + _HEAD), (each.stop - _HEAD, each.stop))
             )
         name = f"{source.key}, the piece of {piece.tensor} at byte {piece.start:,}"
-        if piece.stop > source.size:
-            raise Malformed(f"{name} ends at byte {piece.stop:,}, the object at {source.size:,}; it is truncated")
         dtype, box = read_box(source, piece.start, piece.stop, piece.object, pin, piece.origin, name=name)
         if box.shape != piece.shape or dtype != tensors[piece.tensor].dtype:
             raise Malformed(
@@ -170,14 +181,20 @@ def _tensor(name: str, state: dict[str, Any], places: Mapping[Any, dict[str, Any
         info = places.get((name, origin))
         if info is None:
             raise _broken(path, f"no place for the piece of {name} at {list(origin)}")
-        object_, start, length = _object(info, path), info.get("offset"), info.get("length")
-        if type(start) is not int or type(length) is not int or min(start, length) < 0:
-            raise _broken(path, f"no place for the piece of {name} at {list(origin)}")
+        object_, start, stop = _place(info, path, f"the piece of {name} at {list(origin)}")
         if info.get("transform_descriptors"):
             raise Malformed(f"{path}: {name} is stored transformed (compressed); save it without extensions")
-        pieces.append(Piece(name, origin, sides, object_, start, start + length))
+        pieces.append(Piece(name, origin, sides, object_, start, stop))
     _must_tile(shape, pieces, path, name)
     return _Tensor(DTYPES[dtype.name][0], shape, pieces)
+
+
+def _place(info: Mapping[str, Any], path: str, what: str) -> tuple[str, int, int]:
+    """The object, and the bytes [start, stop) of it."""
+    start, length = info.get("offset"), info.get("length")
+    if type(start) is not int or type(length) is not int or min(start, length) < 0:
+        raise _broken(path, f"no place for {what}")
+    return _object(info, path), start, start + length
 
 
 def _object(info: Mapping[str, Any], path: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posixpath import basename
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from kasmina.formats.blocks import Bytes
@@ -14,8 +14,10 @@ from leyline.model import Malformed
 from leyline.store import Head, ObjectStore
 
 TORCH = (".pt", ".pth", ".ckpt", ".bin")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""What transformers calls them; other files of such a folder hold optimizers and arguments."""
+_WEIGHTS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+"""What transformers calls them, in the order in which it looks for them."""
+_BESIDE = ("optimizer.", "scheduler.", "scaler.", "rng_state", "training_args.")
+"""How the names begin of what its trainer saves beside weights of other names, such as an adapter's."""
 
 
 class Recognised(NamedTuple):
@@ -32,33 +34,20 @@ def recognise(store: ObjectStore, prefix: str) -> Recognised:
     if METADATA in found:
         named = objects_of(_small(store, found[METADATA]), METADATA)
         return Recognised("dcp", (METADATA, *_present(named, found, METADATA)))
-    if index := _only([path for path in found if path.endswith(INDEX)], prefix):
-        sharded = _sharded(store, index, found[index])
-        _present(list(sharded.objects), found, index)
-        return sharded
-    form: Format
-    for form, endings in (("safetensors", (SAFETENSORS,)), ("torch-zip", TORCH)):
-        paths = [path for path in found if path.endswith(endings)]
-        usual = [path for path in paths if basename(path) in _WEIGHTS]
-        usual = [path for path in usual if "/" not in path] or usual  # folders beneath hold what was saved on the way
-        if path := _only(usual or paths, prefix):
-            if form == "torch-zip":  # the length of a safetensors header may begin with any byte
-                refuse_legacy(Bytes(store, found[path].key, found[path]))
-            return Recognised(form, (path,))
-    raise Malformed(
-        f"{prefix or store.uri} holds no checkpoint: no {METADATA}, *{INDEX}, *{SAFETENSORS} or *{', *'.join(TORCH)}; "
-        "name the folder in which the weights are"
-    )
+    path = next((usual for usual in _WEIGHTS if usual in found), None) or _only(_candidates(found), found, prefix)
+    one = recognise_object(store, path, prefix=prefix)
+    _present(list(one.objects), found, path)
+    return one
 
 
-def recognise_object(store: ObjectStore, path: str) -> Recognised:
+def recognise_object(store: ObjectStore, path: str, *, prefix: str = "") -> Recognised:
     """The same where a person names one object, a file or an index, of a folder that may hold others."""
-    head = store.head(path)
+    head = store.head(prefix + path)
     if path.endswith(INDEX):
         return _sharded(store, path, head)
-    if path.endswith(SAFETENSORS):
+    if path.endswith(SAFETENSORS):  # the length of its header may begin with any byte
         return Recognised("safetensors", (path,))
-    refuse_legacy(Bytes(store, path, head))
+    refuse_legacy(Bytes(store, prefix + path, head))
     return Recognised("torch-zip", (path,))
 
 
@@ -74,13 +63,29 @@ def _sharded(store: ObjectStore, index: str, head: Head) -> Recognised:
     return Recognised(form, (index, *shards))
 
 
-def _only(paths: list[str], prefix: str) -> str | None:
+def _candidates(found: Iterable[str]) -> list[str]:
+    """What may be the checkpoint. Folders beneath hold what was saved on the way, or what belongs to others."""
+    here = [path for path in found if "/" not in path and not path.startswith(_BESIDE)]
+    indexes = [path for path in here if path.endswith(tuple(f"{ending}{INDEX}" for ending in (SAFETENSORS, *TORCH)))]
+    return indexes or [path for path in here if path.endswith((SAFETENSORS, *TORCH))]
+
+
+def _only(paths: list[str], found: Iterable[str], prefix: str) -> str:
+    where = prefix or "the folder"
     if len(paths) > 1:
+        some = ", ".join(sorted(paths)[:3]) + (", ..." if len(paths) > 3 else "")
         raise Malformed(
-            f"{prefix or 'the folder'} holds {len(paths)} checkpoints ({', '.join(sorted(paths)[:3])}, ...); name the "
-            "one file, or a folder that holds one"
+            f"{where} holds {len(paths)} checkpoints ({some}); name the one file, or a folder that holds one"
         )
-    return paths[0] if paths else None
+    if not paths:
+        weights = [path for path in found if path.endswith((METADATA, SAFETENSORS, *TORCH)) and "/" in path]
+        beneath = sorted({path.rpartition("/")[0] for path in weights})
+        remedy = "name the folder or the file in which the weights are (links are not followed)"
+        raise Malformed(
+            f"{where} holds no checkpoint: no {METADATA}, *{INDEX}, *{SAFETENSORS} or *{', *'.join(TORCH)}; "
+            + (f"there is one in {beneath[0]}, name that folder" if beneath else remedy)
+        )
+    return paths[0]
 
 
 def _small(store: ObjectStore, head: Head) -> bytes:

@@ -110,8 +110,10 @@ def read_archive(source: Bytes, begin: int, end: int, *, name: str) -> tuple[Any
     """What was saved, with View in place of tensors yet to be made, and the stored files by their storage's key."""
     records = read_records(source, begin, end, name=name)
     pickles = [path for path in records if path.endswith("/data.pkl")]
-    if len(pickles) != 1 or any(path.endswith("/constants.pkl") for path in records):
+    if any(path.endswith("/constants.pkl") for path in records):
         raise Malformed(f"{name} holds a program, no state dict; save that: torch.save(model.state_dict(), path)")
+    if len(pickles) != 1:
+        raise Malformed(f"{name} is nothing that torch.save wrote: it holds {len(pickles)} data.pkl, not one")
     root = pickles[0].removesuffix("data.pkl")
     order = records.get(root + "byteorder")
     if order is not None and source.read(order.start, min(order.stop, order.start + 8)) != b"little":

@@ -111,6 +111,11 @@ class _Archive:
             name = data[at + _CENTRAL.size :][:n].decode("utf-8", "replace")
             if mark != b"PK\1\2" or disk:
                 raise self._refused("its directory is damaged")
+            if (method or flags & _ENCRYPTED) and "/code/" in name:
+                raise Malformed(
+                    f"{self._name} holds a program (TorchScript), no state dict; save that: "
+                    "torch.save(model.state_dict(), path)"
+                )
             if method or flags & _ENCRYPTED:
                 raise self._refused(f"{name} is compressed or encrypted, but tensors are stored as they are")
             extra = data[at + _CENTRAL.size + n :][:m]

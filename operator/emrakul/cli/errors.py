@@ -8,7 +8,7 @@ from emrakul.invalid import Invalid
 from leyline.crypt import WrongKey
 from leyline.envelope import KeyFileError, Untrusted
 from leyline.log import NoRun, NotAllowed, StoreReverted
-from leyline.model import Malformed
+from leyline.model import Malformed, printable
 from leyline.store import Changed, Damaged, Exists, NotFound, Refused, StoreError, Unreachable, Unsuitable
 
 DONE = 0
@@ -59,5 +59,5 @@ def tell(error: BaseException) -> int:
         text = f"unexpected {type(error).__name__}: {error}; --debug shows where it comes from"
     else:
         text = str(error)
-    click.echo(f"emrakul: {' '.join(text.split())}", err=True)
+    click.echo(f"emrakul: {printable(' '.join(text.split()))}", err=True)
     return code

@@ -77,6 +77,7 @@ def command(
         [
             ("imported", f"{document['checkpoint']} as record {document['record']} of {document['uri']}{new}"),
             ("from", f"{document['imported_from']}, where its objects stay: {size(document['bytes'])}"),
+            ("weights", document["weights"]),
             ("prunable", f"{document['parameters']:,} weights at most, single ones, by magnitude"),
         ]
     )

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from leyline.model import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -37,7 +39,7 @@ class Output:
 
     def line(self, text: str) -> None:
         """One sentence of a result."""
-        self.console.print(text)
+        self.console.print(shown(text))
 
     def facts(self, rows: Iterable[tuple[str, str]]) -> None:
         """Names with their values, one below the other; a long value is wrapped under itself."""
@@ -47,7 +49,7 @@ class Output:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(name, shown(value))
         self.console.print(table)
 
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[str]], *, wide: str) -> None:
@@ -59,7 +61,7 @@ class Output:
         for name in columns:
             table.add_column(name, no_wrap=name != wide, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(shown, row))
         self.console.print(table)
 
     @contextmanager
@@ -72,6 +74,11 @@ class Output:
         columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn())
         with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bars:
             yield bars
+
+
+def shown(text: str) -> str:
+    """For a terminal: names in a checkpoint may come from anybody. Lines stay lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def iso(moment: datetime) -> str:

@@ -19,7 +19,7 @@ from emrakul.api.policy import PolicySpec
 from emrakul.asking import ask_for, base_of
 from emrakul.cli.errors import INVALID, Rejected
 from emrakul.cli.options import Opened, StoreOptions, output_options, store_options
-from emrakul.cli.output import Output
+from emrakul.cli.output import Output, shown
 from emrakul.control import Controller, Scale, name_of, next_try
 from emrakul.core.plan import Plan
 from emrakul.core.snapshot import Ask, Snapshot
@@ -135,7 +135,7 @@ def conclude(run: Opened, ended: tuple[Snapshot, Plan], out: Output) -> int:
     else:
         out.facts(facts(found, untrusted=snapshot.untrusted, sentence=not code))
     if code:
-        click.echo(f"emrakul: {found.outcome}/{found.reason}: {found.message}", err=True)
+        click.echo(shown(f"emrakul: {found.outcome}/{found.reason}: {found.message}"), err=True)
     return code
 
 
@@ -192,11 +192,13 @@ class _Teller:
             self._status.stop()
 
     def __call__(self, _snapshot: Snapshot, plan: Plan) -> None:
-        text = f"{plan.state}: {plan.message}" if plan.message else plan.state
+        text = shown(f"cycle {self._cycle}  {plan.state}" + (f": {plan.message}" if plan.message else ""))
         if self._status is not None:
-            self._status.update(f"cycle {self._cycle}  {text}")
+            from rich.text import Text
+
+            self._status.update(Text(text))
         elif plan.state != self._state and not plan.done:
-            click.echo(f"cycle {self._cycle}  {text}", err=True)
+            click.echo(text, err=True)
         self._state = plan.state
 
 

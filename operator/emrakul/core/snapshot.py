@@ -108,7 +108,6 @@ class OnBase:
     verdict: Verdict | None = None
     refused: Finding | None = None
     """Why the verdict that stands does not count: it is damaged, or not signed where trust is configured."""
-    verdict_digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

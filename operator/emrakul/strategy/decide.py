@@ -272,6 +272,8 @@ def _no_group(topology: Topology, group: str) -> str:
     for declined in topology.declined:
         if declined.name == group:
             return f"{group} was declined when the model was traced: {declined.reason}."
+    if not topology.groups:
+        raise KeyError(f"no group {group}: of this checkpoint no groups are known, its cycles prune single weights")
     raise KeyError(f"no group {group}; there are {', '.join(one.id for one in topology.groups[:8])}")
 
 
