@@ -91,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FileExistsError:
         print(f"{target} exists, and nothing is ever replaced; name another target", file=sys.stderr)
         return exits.BAD_INPUT
-    except (Malformed, OSError, MemoryError) as error:
+    except OSError as error:
+        print(f"{error.filename or target}: {error.strerror or error}; nothing was written", file=sys.stderr)
+        return exits.BAD_INPUT
+    except (Malformed, MemoryError) as error:
         print(error if str(error) else "out of memory; the file needs more than 1 GB to be read", file=sys.stderr)
         return exits.BAD_INPUT
     print(count)

@@ -64,8 +64,8 @@ def load_evaluation(store: ObjectStore, base: CheckpointMetadata) -> Evaluation:
         said = f"checkpoint {base.name} has no evaluation set; publish one with it"
         if base.imported_from is not None:
             said = (
-                f"checkpoint {base.name} was imported, and with it comes no evaluation set to judge masks by: load it "
-                "with kasmina (TrainingRun.start on this run) and publish(evaluation=(inputs, classes))"
+                f"checkpoint {base.name} was imported, and with it comes no evaluation set to judge masks by; "
+                "TrainingRun.start on this run loads it"
             )
         raise Declined(Reason.NO_EVALUATION, "evaluation", said)
     data = load_set(read_object(store, base, ref.data), name=layout.checkpoint(base.name, ref.data))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import stored
 from emrakul.cli import main
-from emrakul.cli.errors import DAMAGED, DONE
+from emrakul.cli.errors import DONE, INVALID
 from leyline import exits
 
 
@@ -69,7 +69,7 @@ def test_what_is_refused_leaves_nothing(
 ) -> None:
     assert callable(what)
     source, target = written(tmp_path, what(tmp_path))
-    assert main(["convert", source, target]) == DAMAGED
+    assert main(["convert", source, target]) == INVALID
     assert sentence in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.pt"]
 
@@ -115,10 +115,10 @@ def test_a_new_file_needs_no_conversion_and_nothing_is_replaced(
 ) -> None:
     new = tmp_path / "new.pt"
     new.write_bytes(stored.saved({"a": torch.ones(2)}))
-    assert main(["convert", str(new), str(tmp_path / "target")]) == DAMAGED
+    assert main(["convert", str(new), str(tmp_path / "target")]) == INVALID
     assert "it is read as it is" in capsys.readouterr().err
     source, target = written(tmp_path, {"a": torch.ones(2)})
     Path(target).write_text("mine")
-    assert main(["convert", source, target]) == DAMAGED
+    assert main(["convert", source, target]) == INVALID
     assert "nothing is ever replaced" in capsys.readouterr().err
     assert Path(target).read_text() == "mine"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
+from emrakul.cli.errors import INVALID, Rejected
 from emrakul.cli.options import output_options
 from emrakul.cli.output import Output
 from leyline import exits
-from leyline.model import Malformed
 
 
 @click.command()
@@ -28,7 +28,7 @@ def command(source: Path, target: Path, out: Output) -> None:
     done = subprocess.run(worker, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != exits.DONE:
         said = exits.sentence(done.stderr)
-        raise Malformed(said or f"{source} could not be read in the memory that its process is allowed")
+        raise Rejected(said or f"{source} could not be read in the memory that its process is allowed", INVALID)
     if out.json:
         out.document({"source": str(source), "target": str(target), "tensors": int(done.stdout)})
         return

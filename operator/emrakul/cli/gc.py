@@ -71,7 +71,7 @@ def _preview(run: Opened, out: Output, plan: Plan) -> None:
         [
             ("would retire", _numbers(plan.retire)),
             ("would delete", _objects(plan.delete)),
-            ("later", f"{_objects(plan.later)} (grace time not over)"),
+            ("later", _later(plan.later)),
         ]
     )
     rows = [*((f"{folder}", "now") for folder in _folders(plan.delete)), *((f, "later") for f in _folders(plan.later))]
@@ -98,9 +98,13 @@ def _done(run: Opened, out: Output, done: Collected) -> None:
             ("retired", _numbers(done.retired)),
             ("deleted", f"{done.deleted} objects, {size(done.freed)}"),
             ("uploads", f"{done.uploads} unfinished ones thrown away"),
-            ("later", f"{_objects(done.later)} (grace time not over; run this again)"),
+            ("later", _later(done.later, "; run this again")),
         ]
     )
+
+
+def _later(heads: tuple[Head, ...], remedy: str = "") -> str:
+    return f"{_objects(heads)} (grace time not over{remedy})" if heads else "none"
 
 
 def _numbers(pairs: tuple[int, ...]) -> str:

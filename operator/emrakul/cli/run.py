@@ -197,7 +197,7 @@ class _Teller:
             from rich.text import Text
 
             self._status.update(Text(text))
-        elif plan.state != self._state and not plan.done:
+        elif plan.state != self._state and plan.state not in set(Outcome):  # an outcome is told by the command itself
             click.echo(text, err=True)
         self._state = plan.state
 
