@@ -18,7 +18,7 @@ from elesh.reading import AHEAD, Extent, read_ahead
 from elesh.scoring import Scoring
 from elesh.weights import Weights
 from leyline import answers, exits, layout
-from leyline.bits import StoredFile
+from leyline.bits import HELD, StoredFile
 from leyline.claims import Task, order, share
 from leyline.crypt import KeyRing
 from leyline.envelope import Trust, Untrusted
@@ -48,6 +48,8 @@ class Analysis:
     following: Mapping[str, StructuralAnalysisRequest] = field(default_factory=dict)
     """By request: the one that this worker will most likely answer after it."""
     _masks: dict[str, Masks] = field(default_factory=dict)
+    _masks_held: int = 0
+    """Whole chunks that reading these masks holds: those of the file, and the one that is checked."""
     _told: int = 0
     """Bytes that the answers so far have told to be read."""
 
@@ -87,6 +89,7 @@ class Analysis:
             if masks.model_id != self.weights.topology.model_id:
                 raise Malformed(f"{ref.path} holds masks of model {masks.model_id}")
             self._masks[ref.digest] = masks
+            self._masks_held = min(HELD + 1, len(file) // CHUNK)
         return self._masks[ref.digest]
 
     def as_they_lie(self) -> list[StructuralAnalysisRequest]:
@@ -101,7 +104,7 @@ class Analysis:
     def compute(self, request: StructuralAnalysisRequest, scale: float) -> Arrays:
         """The arrays of one answer; `scale` of the buffers that the memory limit allows may be used."""
         weights, inherited = self.weights, self.inherited(request.inherited)
-        ahead = read_ahead(self.requests.limits.memory_bytes, scale, weights.held)
+        ahead = read_ahead(self.requests.limits.memory_bytes, scale, weights.held + self._masks_held)
         self.scoring.read_ahead(ahead, self._expected(request))
         if request.method != "structured":
             fisher = self._fisher() if basic.uses_fisher(request.importance) else None

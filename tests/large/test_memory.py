@@ -311,6 +311,9 @@ def test_single_weights_of_four_gigabytes_in_256_mb_a_worker(folder: Path) -> No
         assert np.array_equal(was[~gone], is_[~gone]), (name, row)
         least, kept = max(least, was[gone].max(initial=0)), min(kept, was[~gone].min(initial=2**32 - 1))
     assert 0 < least <= kept < 2**32 - 1
+    again = pruned_under_the_limit(run, SINGLE_WEIGHTS)  # it inherits masks as large as those that it makes
+    assert again.ask.base > ended.ask.base
+    assert manifest_of(run.store, again).weights_zeroed == 16 * int(0.2 * 8192 * 8192), "max_layer_removal binds"
 
 
 @pytest.mark.slow
