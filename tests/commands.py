@@ -81,6 +81,14 @@ class Command:
         return wait(lambda: next((pid for pid, words in self.workers().items() if f"-m {module} " in words), None))
 
 
+def emrakul(*arguments: str) -> dict[str, Any]:
+    """The JSON of a command that succeeds, from a process of its own."""
+    command = (sys.executable, "-m", "emrakul", *arguments, "--output", "json")
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert isinstance(said, dict)
+    return said
+
+
 def emrakul_run(folder: Path, uri: str, *arguments: str, more: str = "", structured: bool = True) -> Command:
     """Start the command; `more` are further lines of settings in the policy, indented by four."""
     manifest = folder / f"cycle-{abs(hash(more))}.yaml"

@@ -96,11 +96,13 @@ def free_ports(count: int) -> Sequence[int]:
     that a server has started.
     """
     found: list[int] = []
+    chance = random.SystemRandom()  # a test may have seeded the other one, in each process alike
     while len(found) < count:
-        port = random.randrange(12_000, 30_000)
+        port = chance.randrange(12_000, 30_000)
         with socket.socket() as one, suppress(OSError):
             one.bind(("127.0.0.1", port))
-            found += [port] * (port not in found)
+            if port not in found:
+                found.append(port)
     return found
 
 

@@ -18,7 +18,7 @@ from elesh.reading import AHEAD, Extent, read_ahead
 from elesh.scoring import Scoring
 from elesh.weights import Weights
 from leyline import answers, exits, layout
-from leyline.bits import HELD, StoredFile
+from leyline.bits import StoredFile
 from leyline.claims import Task, order, share
 from leyline.crypt import KeyRing
 from leyline.envelope import Trust, Untrusted
@@ -49,7 +49,7 @@ class Analysis:
     """By request: the one that this worker will most likely answer after it."""
     _masks: dict[str, Masks] = field(default_factory=dict)
     _masks_held: int = 0
-    """Whole chunks that reading these masks holds: those of the file, and the one that is checked."""
+    """Chunks that reading these masks holds."""
     _told: int = 0
     """Bytes that the answers so far have told to be read."""
 
@@ -89,7 +89,7 @@ class Analysis:
             if masks.model_id != self.weights.topology.model_id:
                 raise Malformed(f"{ref.path} holds masks of model {masks.model_id}")
             self._masks[ref.digest] = masks
-            self._masks_held = min(HELD + 1, len(file) // CHUNK)
+            self._masks_held = file.held
         return self._masks[ref.digest]
 
     def as_they_lie(self) -> list[StructuralAnalysisRequest]:

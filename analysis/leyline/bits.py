@@ -89,6 +89,11 @@ class StoredFile:
     def __len__(self) -> int:
         return self._digest.size
 
+    @property
+    def held(self) -> int:
+        """Whole chunks that are in memory while it is read: those that are kept, and the one that is checked."""
+        return min(HELD + 1, len(self) // CHUNK)
+
     def __getitem__(self, where: slice) -> PackedBits:
         """Raises Damaged and what the store raises."""
         start, stop, _ = where.indices(len(self))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -84,9 +83,9 @@ def _store_for(uri: str, options: S3Options) -> LocalStore | S3Store:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in ("s3", "file"):
         raise StoreError(f"{uri}: {scheme}:// is no store we know; use s3://bucket/prefix, file:///folder or a path")
-    path = (rest if separator else os.path.abspath(uri) if uri else "").rstrip("/")  # noqa: PTH100  of ".." too
+    path = rest.rstrip("/")  # of a URI; a plain path is the system's to read
     segments = path.removeprefix("/").split("/") if path else []
-    if not uri or ".." in segments or "" in segments or (separator and "." in segments):
+    if not uri or {"", ".", ".."} & set(segments):
         raise StoreError(f"{uri!r} is no run URI: it is empty or has empty, '.' or '..' segments; write it in full")
     if scheme == "s3" and separator:
         match = _S3_URI.fullmatch(uri.rstrip("/"))

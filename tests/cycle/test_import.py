@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from transformers import BertModel
 
 import builders
 import ranks
-from commands import emrakul_run
+from commands import emrakul, emrakul_run
 from kasmina import TrainingRun, trace_topology
 from leyline import layout
 from leyline.local import LocalStore
@@ -89,7 +86,7 @@ def test_a_checkpoint_of_another_format_gets_a_cycle(tmp_path: Path, form: str) 
     assert the_least_went(weights, pruned) == budget["achieved"]
     assert {path: (folder / path).read_bytes() for path in objects} == objects, "what was imported is as it was"
 
-    status = json.loads(emrakul("status", uri))
+    status = emrakul("status", uri)
     size = sum(map(len, objects.values()))
     assert status["work"].keys() == {"analyse", "apply", "validate"}
     assert status["work"]["apply"]["bytes_read"] >= size
@@ -127,14 +124,7 @@ def the_least_went(weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) 
 
 def imported(checkpoint: Path, uri: str) -> dict[str, Any]:
     """What `emrakul import` says."""
-    said = json.loads(emrakul("import", str(checkpoint), uri, "--model-id", "minilm"))
-    assert isinstance(said, dict)
-    return said
-
-
-def emrakul(*arguments: str) -> str:
-    command = (sys.executable, "-m", "emrakul", *arguments, "--output", "json")
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return emrakul("import", str(checkpoint), uri, "--model-id", "minilm")
 
 
 def untouched() -> dict[Path, tuple[int, int, int]]:

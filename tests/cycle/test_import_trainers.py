@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import lightning
 import pytest
@@ -17,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from commands import emrakul_run
+from commands import emrakul, emrakul_run
 from leyline import layout
 
 WORDS = torch.randint(0, 64, (16, 6), generator=torch.Generator().manual_seed(1))
@@ -125,10 +121,3 @@ def test_a_trainer_goes_on_from_the_candidate_of_what_it_saved(
     assert gone == budget["achieved"]
     third = kind(tmp_path / "further")
     assert third.train(4, resume=candidate) == 4
-
-
-def emrakul(*arguments: str) -> dict[str, Any]:
-    command = (sys.executable, "-m", "emrakul", *arguments, "--output", "json")
-    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert isinstance(said, dict)
-    return said

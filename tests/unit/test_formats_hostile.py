@@ -142,6 +142,14 @@ def plain() -> bytes:
     return stored.saved({"a": torch.arange(100.0), "b": torch.ones(3)})
 
 
+def with_code() -> bytes:
+    """As torch.jit.save keeps it."""
+    file = io.BytesIO(plain())
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("archive/code/__torch__.py", b"pass\n" * 100, compress_type=zipfile.ZIP_DEFLATED)
+    return file.getvalue()
+
+
 def zipped(pickle_: bytes, more: Mapping[str, bytes] | None = None, **how: Any) -> bytes:
     """An archive with this data.pkl, by Python's own writer."""
     file = io.BytesIO()
@@ -206,6 +214,7 @@ ZIPS: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
         lambda: pt(zipped(b"\x80\x02}." + bytes(10**6), compression=zipfile.ZIP_DEFLATED)),
         "compressed or encrypted",
     ),
+    "a program's code, compressed": (lambda: pt(with_code()), "m.pt holds a program, no state dict"),
     "encrypted": (lambda: pt(at_central(plain(), b"archive/data.pkl", 8, b"\x09\x08")), "compressed or encrypted"),
     "overlapping entries": (lambda: pt(overlapping()), "overlaps|disagree"),
     "one name twice": (lambda: pt(twice()), "twice"),

@@ -35,19 +35,22 @@ def recognise(store: ObjectStore, prefix: str) -> Recognised:
         named = objects_of(_small(store, found[METADATA]), METADATA)
         return Recognised("dcp", (METADATA, *_present(named, found, METADATA)))
     path = next((usual for usual in _WEIGHTS if usual in found), None) or _only(_candidates(found), found, prefix)
-    one = recognise_object(store, path, prefix=prefix)
+    one = _of_object(store, path, found[path])
     _present(list(one.objects), found, path)
     return one
 
 
-def recognise_object(store: ObjectStore, path: str, *, prefix: str = "") -> Recognised:
+def recognise_object(store: ObjectStore, path: str) -> Recognised:
     """The same where a person names one object, a file or an index, of a folder that may hold others."""
-    head = store.head(prefix + path)
+    return _of_object(store, path, store.head(path))
+
+
+def _of_object(store: ObjectStore, path: str, head: Head) -> Recognised:
     if path.endswith(INDEX):
         return _sharded(store, path, head)
     if path.endswith(SAFETENSORS):  # the length of its header may begin with any byte
         return Recognised("safetensors", (path,))
-    refuse_legacy(Bytes(store, prefix + path, head))
+    refuse_legacy(Bytes(store, head.key, head))
     return Recognised("torch-zip", (path,))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from kasmina.formats.blocks import Bytes
 from kasmina.formats.extents import Box, Record, TensorRef, reach
 from kasmina.formats.pickles import MAX_PICKLE, Call, Global, Persistent, read_pickle
-from kasmina.formats.zips import read_records
+from kasmina.formats.zips import a_program, read_records
 from leyline.model import Malformed
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ def read_archive(source: Bytes, begin: int, end: int, *, name: str) -> tuple[Any
     records = read_records(source, begin, end, name=name)
     pickles = [path for path in records if path.endswith("/data.pkl")]
     if any(path.endswith("/constants.pkl") for path in records):
-        raise Malformed(f"{name} holds a program, no state dict; save that: torch.save(model.state_dict(), path)")
+        raise a_program(name)
     if len(pickles) != 1:
         raise Malformed(f"{name} is nothing that torch.save wrote: it holds {len(pickles)} data.pkl, not one")
     root = pickles[0].removesuffix("data.pkl")

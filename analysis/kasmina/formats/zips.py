@@ -48,6 +48,11 @@ def read_records(source: Bytes, begin: int, end: int, *, name: str) -> dict[str,
     return _Archive(source, begin, end, name).records()
 
 
+def a_program(name: str) -> Malformed:
+    """The refusal of TorchScript, which keeps its code in such an archive too, compressed or not."""
+    return Malformed(f"{name} holds a program, no state dict; save that: torch.save(model.state_dict(), path)")
+
+
 class _Archive:
     def __init__(self, source: Bytes, begin: int, end: int, name: str) -> None:
         self._source, self._begin, self._end, self._name = source, begin, end, name
@@ -112,10 +117,7 @@ class _Archive:
             if mark != b"PK\1\2" or disk:
                 raise self._refused("its directory is damaged")
             if (method or flags & _ENCRYPTED) and "/code/" in name:
-                raise Malformed(
-                    f"{self._name} holds a program (TorchScript), no state dict; save that: "
-                    "torch.save(model.state_dict(), path)"
-                )
+                raise a_program(self._name)
             if method or flags & _ENCRYPTED:
                 raise self._refused(f"{name} is compressed or encrypted, but tensors are stored as they are")
             extra = data[at + _CENTRAL.size + n :][:m]
